@@ -1,0 +1,50 @@
+# `make` alone lists the targets. Each sets up what it needs, once.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# Test processes: one a core, at most 8 so that they also fit beside each other on one GPU.
+WORKERS ?= $(shell $(PY) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 2)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint types docs clean
+
+help: ## list the targets
+	@echo "Targets (PYTHON=python3.12 picks the interpreter, ARGS=... is passed on):"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## make .venv with the pinned versions and this package, editable
+
+train: $(INSTALLED) ## train a small STViT on scikit-learn's handwritten digits, into runs/digits
+	$(PY) main.py --data-set DIGITS --model stvit_tiny --output_dir runs/digits $(ARGS)
+
+test: $(INSTALLED) ## run the tests, on the GPU where there is one (ARGS="-k layout" for some)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+lint: $(INSTALLED) ## check the style
+	$(PY) -m ruff check .
+
+types: $(INSTALLED) ## check the type hints
+	$(PY) -m mypy
+
+docs: $(INSTALLED) ## check the links, paths, commands and examples in the documentation
+	$(PY) -m pytest -q tests/test_docs.py
+
+clean: ## remove builds and caches; .venv and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# One pip command, so that the constraints hold for everything at once. The stamp is written only when it succeeded,
+# and is older than its prerequisites when one of them changed.
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: '$(PYTHON)' not found; install Python 3.10 or newer," \
+		"or name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed," \
+		"'$(PYTHON)' is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: '$(PYTHON)' lacks the venv or ensurepip" \
+		"module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	@touch $@

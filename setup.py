@@ -1,0 +1,5 @@
+"""The package is described in pyproject.toml; this is the place for extension modules, of which it has none yet."""
+
+from setuptools import setup
+
+setup()
