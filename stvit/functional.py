@@ -1,0 +1,186 @@
+"""The stateless interface: super token sampling, token upsampling, and the rest of the block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import block_ops, dispatch, ops, reference  # noqa: F401  (block_ops registers its ops)
+from .geometry import (
+    Association,
+    check_branch,
+    check_per_channel,
+    check_pixels,
+    check_sampling,
+    check_upsampling,
+    is_channels_last,
+)
+
+
+def super_token_sampling(
+    x: Tensor,  # (B, C, H, W)
+    stoken_size: int | tuple[int, int],
+    n_iter: int = 1,
+    scale: float | None = None,
+    association_grad: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Association]:
+    """Samples super tokens from an image (Huang et al., CVPR 2023, section 3.2).
+
+    Args:
+        x: pixels (B, C, H, W) in float16, bfloat16, float32 or float64, in either memory format (channels_last is
+            the fast one), contiguous or not. C, H and W at least 1, of any size; B may be 0.
+        stoken_size: pixels a super token covers, (h, w) or one int for both. H and W need not be multiples: x is
+            padded right and bottom with zeros, which take part in the means and the mass.
+        n_iter: rounds of association and sampling, at least 1.
+        scale: factor of the association's logits; None is C ** -0.5.
+        association_grad: False (as the authors train) holds the association constant in the backward, which then
+            needs only the association and its mass, not x. True differentiates everything, the pooling included.
+        backend: "auto", "triton", "cuda" or "reference".
+
+    Returns:
+        stokens (B, C, gh, gw) with gh = ceil(H / h), gw = ceil(W / w), in x's dtype and memory format, and the
+        `Association` for `token_upsampling`. Under autocast x is first cast to autocast's dtype (float64 is not).
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected, before anything is computed.
+        BackendError: the backend named can't run; every reason is listed.
+    """
+    (h, w), n_iter, scale = check_sampling(x, stoken_size, n_iter, scale)
+    x = ops.autocast(x)
+    name = dispatch.choose(backend, x)
+    if name == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            stokens, weights, mass = reference.sampling(x, (h, w), n_iter, scale, association_grad)
+    else:
+        stokens, weights, mass, _ = torch.ops.stvit.sampling(x, h, w, n_iter, scale, association_grad, name)
+    return stokens, Association(weights, mass, (h, w), is_channels_last(x))
+
+
+def token_upsampling(
+    stokens: Tensor,  # (B, C, gh, gw)
+    association: Association,
+    backend: str = "auto",
+) -> Tensor:
+    """Gives every pixel the mixture of its 3 x 3 neighbouring super tokens (Huang et al., CVPR 2023, eq. 8).
+
+    Args:
+        stokens: super tokens (B, C, gh, gw) on the association's grid, device and batch; C may differ from the C of
+            the sampled tensor.
+        association: what `super_token_sampling` returned. Its weights get a gradient where they require one, that is
+            after sampling with ``association_grad=True``.
+        backend: "auto", "triton", "cuda" or "reference".
+
+    Returns:
+        Pixels (B, C, H, W) in the dtype of stokens (autocast's dtype under autocast), and in the memory format of
+        the tensor that was sampled.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected, before anything is computed.
+        BackendError: the backend named can't run; every reason is listed.
+    """
+    check_upsampling(stokens, association)
+    stokens = ops.autocast(stokens)
+    weights: Any = association.weights.to(stokens.dtype)
+    (h, w), channels_last = association.stoken_size, association.channels_last
+    name = dispatch.choose(backend, stokens)
+    if name == "reference":
+        with torch.autocast(stokens.device.type, enabled=False):
+            return reference.upsampling(stokens, weights, (h, w), channels_last)
+    return torch.ops.stvit.upsampling(stokens, weights, h, w, channels_last, name)
+
+
+def residual_depthwise(
+    x: Tensor,  # (B, C, H, W)
+    weight: Tensor,  # (C, 1, 3, 3)
+    bias: Tensor | None = None,  # (C,)
+    gelu: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """h + depthwise3x3(h) + bias, where h = gelu(x) (exact, by erf) or x: the position embedding (Huang et al., eq. 1)
+    and the middle of the MLP.
+
+    Args:
+        x: pixels (B, C, H, W), as for `super_token_sampling`; not cast under autocast.
+        weight, bias: (C, 1, 3, 3) and (C,) of a depthwise convolution with padding 1, on x's device, any float dtype.
+        gelu: whether GELU comes first. Only x is saved for the backward, either way.
+        backend: "auto", "triton", "cuda" or "reference".
+
+    Returns:
+        (B, C, H, W) in x's dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected, before anything is computed.
+        BackendError: the backend named can't run; every reason is listed.
+    """
+    check_pixels(x)
+    check_per_channel(weight, "weight", x, (x.shape[1], 1, 3, 3))
+    check_per_channel(bias, "bias", x, (x.shape[1],))
+    name = dispatch.choose(backend, x)
+    if name == "reference":
+        return reference.residual_depthwise(x, weight, bias, gelu)
+    return torch.ops.stvit.residual_depthwise(x, weight, bias, gelu, name)
+
+
+def channel_layer_norm(
+    x: Tensor,  # (B, C, H, W)
+    weight: Tensor,  # (C,)
+    bias: Tensor,  # (C,)
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Tensor:
+    """LayerNorm over the channels of each pixel, without permuting or copying.
+
+    Args:
+        x: pixels (B, C, H, W), as for `super_token_sampling`.
+        weight, bias: (C,), in any floating dtype on x's device.
+        eps: added to the variance.
+        backend: "auto", "triton", "cuda" or "reference".
+
+    Returns:
+        (B, C, H, W) in x's memory format and dtype; under autocast in autocast's dtype (PyTorch's own layer_norm
+        answers in float32 there), so that the branch behind it runs in half precision. Mean and variance are taken in
+        float32 (float64 for float64) either way.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected, before anything is computed.
+        BackendError: the backend named can't run; every reason is listed.
+    """
+    check_pixels(x)
+    check_per_channel(weight, "weight", x, (x.shape[1],))
+    check_per_channel(bias, "bias", x, (x.shape[1],))
+    name = dispatch.choose(backend, x)
+    if name == "reference":
+        return ops.autocast(reference.channel_layer_norm(x, weight, bias, eps))
+    return torch.ops.stvit.channel_layer_norm(x, weight, bias, eps, ops.autocast_dtype(x), name)[0]
+
+
+def residual_branch(
+    x: Tensor,  # (B, C, H, W)
+    y: Tensor,  # (B, C, H, W)
+    gamma: Tensor | None = None,  # (C,)
+    keep: Tensor | None = None,  # (B,)
+    backend: str = "auto",
+) -> Tensor:
+    """x + keep * gamma * y: the end of a branch, with LayerScale and drop-path (stochastic depth).
+
+    Args:
+        x, y: pixels (B, C, H, W) of the stream and of the branch, as for `super_token_sampling`.
+        gamma: LayerScale (C,), or None.
+        keep: each sample's drop-path factor (B,), 0 or 1 / (1 - drop probability), or None. Gets no gradient.
+        backend: "auto", "triton", "cuda" or "reference".
+
+    Returns:
+        (B, C, H, W) in x's memory format and the dtype that PyTorch promotes x, y and gamma to.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected, before anything is computed.
+        BackendError: the backend named can't run; every reason is listed.
+    """
+    check_branch(x, y, gamma, keep)
+    name = dispatch.choose(backend, x)
+    if name == "reference" or (gamma is None and keep is None):
+        return reference.residual_branch(x, y, gamma, keep)
+    return torch.ops.stvit.residual_branch(x, y, gamma, keep, name)
