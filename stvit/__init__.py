@@ -1,0 +1,36 @@
+"""Super Token Vision Transformers (Huang et al., CVPR 2023) with fused kernels and a plain PyTorch reference."""
+
+from pathlib import Path as _Path
+
+# A wheel holds stvit/kernels; in a checkout the kernels lie at the top level, one folder up.
+if not (_Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
+from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .dispatch import BackendError, available_backends, use_backend
+from .functional import super_token_sampling, token_upsampling
+from .geometry import Association
+from .model import STViT, stvit_base, stvit_large, stvit_small, stvit_tiny
+from .modules import StokenAttention
+from .timm_models import register as _register
+
+__version__ = "0.1.0"
+__all__ = [
+    "Association",
+    "BackendError",
+    "CheckpointError",
+    "STViT",
+    "StokenAttention",
+    "available_backends",
+    "load_checkpoint",
+    "save_checkpoint",
+    "stvit_base",
+    "stvit_large",
+    "stvit_small",
+    "stvit_tiny",
+    "super_token_sampling",
+    "token_upsampling",
+    "use_backend",
+]
+
+_register()

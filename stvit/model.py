@@ -1,0 +1,286 @@
+"""Super Token Vision Transformers: the published models S, B, L and a tiny one (Huang et al., CVPR 2023, table 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from .geometry import check_pixels
+from .modules import SuperTokenBlock
+
+# What tells the models apart. Everywhere: tiles of 8, 4, 1, 1 pixels a side, one iteration, MLP ratio 4.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "stvit_tiny": {"embed_dim": (32, 64, 160, 256), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 5, 8)},
+    "stvit_small": {"embed_dim": (64, 128, 320, 512), "depths": (3, 5, 9, 3), "num_heads": (1, 2, 5, 8)},
+    "stvit_base": {
+        "embed_dim": (96, 192, 384, 512),
+        "depths": (4, 6, 14, 6),
+        "num_heads": (2, 3, 6, 8),
+        "layerscale": (False, False, True, True),
+    },
+    "stvit_large": {
+        "embed_dim": (96, 192, 448, 640),
+        "depths": (4, 7, 19, 8),
+        "num_heads": (2, 3, 7, 10),
+        "layerscale": (False, False, True, True),
+    },
+}
+
+
+class PatchEmbed(nn.Module):
+    """3x3 convolutions of stride 2, 1, 2, 1, each with GELU, then BatchNorm: (B, in, H, W) -> (B, dim, H/4, W/4)."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        parts: list[nn.Module] = []
+        channels = in_chans
+        for width, stride in ((dim // 2, 2), (dim // 2, 1), (dim, 2), (dim, 1)):
+            parts += [nn.Conv2d(channels, width, 3, stride, 1), nn.GELU(), nn.BatchNorm2d(width)]
+            channels = width
+        self.proj = nn.Sequential(*parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class Downsample(nn.Module):
+    """Joins two stages: 3x3 convolution of stride 2 and BatchNorm. (B, in, H, W) -> (B, out, H/2, W/2)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(nn.Conv2d(in_dim, out_dim, 3, 2, 1), nn.BatchNorm2d(out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution and what leads to the next: returns (this stage's feature map, the next one's input)."""
+
+    def __init__(self, blocks: Sequence[SuperTokenBlock], downsample: Downsample | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            x = _recomputed(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+        return x, x if self.downsample is None else self.downsample(x)
+
+
+def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """block(x), keeping only x for the backward, which runs the block again."""
+    if torch.compiler.is_compiling():  # the compiler recomputes values only, never the update of the statistics
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(block, x, use_reentrant=False, context_fn=partial(_recomputation_contexts, block))
+
+
+def _recomputation_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _statistics_held(block)
+
+
+@contextmanager
+def _statistics_held(block: nn.Module) -> Iterator[None]:
+    """Keeps BatchNorm from counting a batch a second time when the backward runs the block again."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+class STViT(nn.Module):
+    """Super Token Vision Transformer (paper, section 3.1 and table 1).
+
+    Args:
+        num_classes: outputs of the head; 0 for none (the model then returns pooled features).
+        in_chans: channels of the image.
+        embed_dim, depths, num_heads: channels, blocks and heads of each stage.
+        n_iter, stoken_size: iterations and pixels a super token (an int or a pair) of each stage.
+        mlp_ratio, qkv_bias, qk_scale: of every block.
+        projection: channels of the 1x1 convolution before the head; None for none.
+        layerscale, init_values: which stages have LayerScale, and what it starts from.
+        drop_rate: dropout after the patch embedding, of the refinement's projection and in the MLP.
+        attn_drop_rate: dropout of attention weights. drop_path_rate: stochastic depth of the last block; it grows
+            linearly from 0 at the first.
+        global_pool: "avg", or "" to leave features unpooled (only with num_classes=0).
+        backend: "auto", "triton", "cuda" or "reference".
+        association_grad: False (as the authors train) holds the association constant in the backward.
+
+    Shape: (B, in_chans, H, W) -> (B, num_classes), any H and W, in float16, bfloat16, float32 or float64, in either
+    memory format; everything inside runs in channels_last, images in the other format are converted once.
+
+    Raises TypeError or ValueError naming the argument; `forward` does so for images of a wrong rank, channel count or
+    dtype. The methods are those that timm's tools call; `forward_stages` serves detection and segmentation.
+    """
+
+    num_classes: int
+    global_pool: str
+    head: nn.Module
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        embed_dim: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (3, 5, 9, 3),
+        num_heads: Sequence[int] = (1, 2, 5, 8),
+        n_iter: Sequence[int] = (1, 1, 1, 1),
+        stoken_size: Sequence[int | tuple[int, int]] = (8, 4, 1, 1),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        projection: int | None = 1024,
+        layerscale: Sequence[bool] = (False, False, False, False),
+        init_values: float = 1e-6,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        global_pool: str = "avg",
+        backend: str = "auto",
+        association_grad: bool = False,
+    ) -> None:
+        super().__init__()
+        per_stage = {
+            "embed_dim": embed_dim, "num_heads": num_heads, "n_iter": n_iter, "stoken_size": stoken_size,
+            "layerscale": layerscale,
+        }  # fmt: skip
+        for name, values in per_stage.items():
+            if len(values) != len(depths):
+                raise ValueError(f"{name}: expected {len(depths)} values, one a stage, got {values!r}")
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = projection or embed_dim[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}"} for i, dim in enumerate(embed_dim)
+        ]
+        self.patch_embed = PatchEmbed(in_chans, embed_dim[0])
+        self.pos_drop = nn.Dropout(drop_rate)
+        # On the CPU whatever the default device is, and rounded to float32 as the authors' schedule is.
+        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            blocks = [
+                SuperTokenBlock(
+                    embed_dim[i],
+                    stoken_size[i],
+                    n_iter[i],
+                    num_heads[i],
+                    mlp_ratio,
+                    qkv_bias,
+                    qk_scale,
+                    drop_rate,
+                    attn_drop_rate,
+                    next(drop_paths),
+                    act_layer,
+                    layerscale[i],
+                    init_values,
+                    association_grad=association_grad,
+                    backend=backend,
+                )
+                for _ in range(depth)
+            ]
+            last = i == len(depths) - 1
+            self.layers.append(Stage(blocks, None if last else Downsample(embed_dim[i], embed_dim[i + 1])))
+        self.proj: nn.Module = nn.Conv2d(embed_dim[-1], projection, 1) if projection else nn.Identity()
+        self.norm: nn.Module = nn.BatchNorm2d(self.num_features)
+        self.reset_classifier(num_classes, global_pool)
+        # The format of everything inside; images are converted once.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the head by a fresh one (0 classes: none) and, if named, the pooling: "avg" or ""."""
+        pool = self.global_pool if global_pool is None else global_pool
+        if pool not in ("avg", ""):
+            raise ValueError(f"global_pool: expected 'avg' or '', got {pool!r}")
+        if num_classes < 0 or (num_classes > 0 and not pool):
+            raise ValueError(f"num_classes: expected 0 or more, and 0 with global_pool='', got {num_classes}")
+        self.num_classes, self.global_pool = num_classes, pool
+        self.head = nn.Identity()
+        if num_classes:
+            place = next(self.parameters())  # where the rest of the model is, and its dtype
+            self.head = nn.Linear(self.num_features, num_classes, device=place.device, dtype=place.dtype)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether the backward recomputes each block from its input instead of keeping its activations."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay beside the vectors, which timm exempts by itself: none."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for timm's layer-wise learning rates: a group a stage if coarse, else a group a block."""
+        if coarse:
+            return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)"}
+        blocks = [
+            (r"^layers\.(\d+)\.blocks\.(\d+)", None),
+            (r"^layers\.(\d+)\.downsample", (99998,)),
+            (r"^(?:proj|norm)\.", (99999,)),
+        ]
+        return {"stem": r"^patch_embed", "blocks": blocks}
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """The feature maps of the stages, for use as a backbone: (B, embed_dim[i], H / 4 / 2**i, W / 4 / 2**i)."""
+        check_pixels(x)
+        if x.shape[1] != self.in_chans:
+            raise ValueError(f"x: expected {self.in_chans} channels (in_chans), got shape {tuple(x.shape)}")
+        x = self.pos_drop(self.patch_embed(x.contiguous(memory_format=torch.channels_last)))
+        maps = []
+        for stage in self.layers:
+            features, x = stage(x)
+            maps.append(features)
+        return maps
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Features before pooling: (B, in_chans, H, W) -> (B, num_features, H / 32, W / 32)."""
+        return F.silu(self.norm(self.proj(self.forward_stages(x)[-1])))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools features and classifies them: (B, num_features, h, w) -> (B, num_classes), or pooled if pre_logits."""
+        if self.global_pool:
+            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def stvit_tiny(**options: Any) -> STViT:
+    """A small STViT for CPUs and tests, not in the paper; takes STViT's arguments."""
+    return STViT(**{**CONFIGS["stvit_tiny"], **options})
+
+
+def stvit_small(**options: Any) -> STViT:
+    """STViT-S: 25,495,624 parameters, 4.4 GMACs at 224, 83.6 % top-1; takes STViT's arguments."""
+    return STViT(**{**CONFIGS["stvit_small"], **options})
+
+
+def stvit_base(**options: Any) -> STViT:
+    """STViT-B: 51,691,288 parameters, 9.9 GMACs at 224, 84.8 % top-1; takes STViT's arguments."""
+    return STViT(**{**CONFIGS["stvit_base"], **options})
+
+
+def stvit_large(**options: Any) -> STViT:
+    """STViT-L: 94,971,096 parameters, 15.6 GMACs at 224, 85.3 % top-1; takes STViT's arguments."""
+    return STViT(**{**CONFIGS["stvit_large"], **options})

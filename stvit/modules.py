@@ -1,0 +1,311 @@
+"""The parts of a Super Token Vision Transformer that hold parameters (Huang et al., CVPR 2023, section 3).
+
+Parameter names and their order are those of the published checkpoints, so files and optimizer states carry over.
+Every module takes (B, C, H, W) in either memory format and answers in the same one; channels_last is the fast one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import dispatch, functional
+from .geometry import check_pixels, is_channels_last, memory_format, stoken_pair
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """y in the memory format of x; no copy where it is already."""
+    return y.contiguous(memory_format=memory_format(is_channels_last(x)))
+
+
+class LayerNorm2d(nn.Module):
+    """LayerNorm over the channels of each pixel, eps 1e-6. (B, C, H, W) -> the same shape."""
+
+    def __init__(self, dim: int, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.backend = dispatch.check_backend(backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.channel_layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps, self.backend)
+
+
+class ResidualDepthwise(nn.Module):
+    """h + depthwise 3x3 convolution of h, where h = gelu(x) if `gelu`, else x. (B, C, H, W) -> the same shape.
+
+    The position embedding (paper, eq. 1), and with GELU the middle of the MLP.
+    """
+
+    def __init__(self, dim: int, *, gelu: bool = False, backend: str = "auto") -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.gelu = gelu
+        self.backend = dispatch.check_backend(backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.residual_depthwise(x, self.conv.weight, self.conv.bias, self.gelu, self.backend)
+
+
+class Mlp(nn.Module):
+    """1x1 convolution, activation, h + depthwise3x3(h), 1x1 convolution. (B, C, H, W) -> the same shape.
+
+    Exact GELU runs inside the depthwise op where no dropout comes between, so that h is never written.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        act = act_layer()
+        fused = isinstance(act, nn.GELU) and act.approximate == "none" and drop == 0.0
+        self.act = nn.Identity() if fused else act
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+        self.drop = nn.Dropout(drop)
+        self.conv = ResidualDepthwise(hidden_dim, gelu=fused, backend=backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.act(self.fc1(x)))
+        return self.drop(self.fc2(self.conv(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training drops whole samples with probability drop_prob and scales the rest by 1 / keep.
+
+    Draws from the random stream exactly as timm's does, so a run with a given seed drops the same samples.
+    """
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= drop_prob < 1.0:
+            raise ValueError(f"drop_path: expected a probability in [0, 1), got {drop_prob}")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        return x * self.factors(x).view(-1, 1, 1, 1)
+
+    def factors(self, x: Tensor) -> Tensor:
+        """Each sample's factor (B,), 0 or 1 / keep, in x's dtype, drawn from the random stream as timm does."""
+        keep = 1.0 - self.drop_prob
+        return x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep).view(-1)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3g}"
+
+
+class Attention(nn.Module):
+    """Multi-head attention over all positions: the refinement of super tokens (paper, eq. 6-7).
+
+    The output channels of `qkv` are grouped by head: for each head its q, then its k, then its v channels. The
+    reference backend keeps the softmax explicit; every other one runs PyTorch's fused scaled_dot_product_attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads: expected a divisor of dim={dim}, got {num_heads}")
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.backend = dispatch.check_backend(backend)
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Conv2d(dim, dim, 1)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.qkv(x).flatten(2).transpose(1, 2)  # (B, N, 3C): contiguous as it is in channels_last
+        backend = dispatch.default_backend() if self.backend == "auto" else self.backend
+        y = self._explicit(tokens) if backend == "reference" else self._fused(tokens.contiguous())
+        y = _in_format_of(x, y.transpose(1, 2).unflatten(2, x.shape[2:]))
+        return self.proj_drop(self.proj(y))
+
+    def _heads(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Views q, k, v of the one product, each (B, heads, N, head_dim)."""
+        heads = tokens.unflatten(2, (self.num_heads, 3, -1))
+        return heads.permute(3, 0, 2, 1, 4).unbind(0)
+
+    def _explicit(self, tokens: Tensor) -> Tensor:
+        q, k, v = self._heads(tokens)
+        weights = self.attn_drop((q @ k.transpose(2, 3) * self.scale).softmax(-1))
+        y = v.transpose(2, 3) @ weights.transpose(2, 3)  # (B, heads, head_dim, N): the way NCHW wants it
+        return y.flatten(1, 2).transpose(1, 2)
+
+    def _fused(self, tokens: Tensor) -> Tensor:
+        q, k, v = self._heads(tokens)
+        drop = self.attn_drop.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
+        return y.transpose(1, 2).flatten(2)
+
+
+class _NeighbourhoodKernel(nn.Module):
+    """The constant that published files hold for each block's unfold and fold: nine one-hot 3 x 3 kernels.
+
+    Nothing here computes with it; it is kept so that state dicts match key for key in both directions.
+    """
+
+    weights: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.eye(9).reshape(9, 1, 3, 3))
+
+
+class StokenAttention(nn.Module):
+    """Super token attention (paper, section 3.2): sample super tokens, refine them, give them back to the pixels.
+
+    A drop-in for the authors' class of the same name: same arguments, same state dict, same numbers.
+
+    Args:
+        dim: channels C.
+        stoken_size: pixels a super token covers, (h, w) or one int for both. 1 or (1, 1): every pixel is its own
+            super token, nothing is sampled and the refinement runs over all pixels.
+        n_iter: rounds of association and sampling.
+        refine: whether super tokens are refined at all.
+        refine_attention: refine by multi-head attention; False: 1x1, depthwise 5x5 and 1x1 convolution.
+        num_heads, qkv_bias, qk_scale, attn_drop, proj_drop: of the refinement by attention. qk_scale None is
+            head_dim ** -0.5.
+        association_grad: False (as the authors train) holds the association constant in the backward.
+        backend: "auto", "triton", "cuda" or "reference".
+
+    Shape: (B, dim, H, W) -> the same, any H and W, in float16, bfloat16, float32 or float64. `forward` raises
+    TypeError or ValueError naming x and what was expected, BackendError where a backend named explicitly can't run.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        stoken_size: int | tuple[int, int],
+        n_iter: int = 1,
+        refine: bool = True,
+        refine_attention: bool = True,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        *,
+        association_grad: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.stoken_size = stoken_pair(stoken_size)
+        self.n_iter = n_iter
+        self.scale = dim**-0.5
+        self.refine = refine
+        self.refine_attention = refine_attention
+        self.association_grad = association_grad
+        self.backend = dispatch.check_backend(backend)
+        self.unfold = _NeighbourhoodKernel()
+        self.fold = _NeighbourhoodKernel()
+        self.stoken_refine: nn.Module = nn.Identity()
+        if refine and refine_attention:
+            self.stoken_refine = Attention(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, backend=backend)
+        elif refine:
+            self.stoken_refine = nn.Sequential(
+                nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 5, padding=2, groups=dim), nn.Conv2d(dim, dim, 1)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_pixels(x)
+        if x.shape[1] != self.dim:
+            raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")
+        if self.stoken_size == (1, 1):
+            return self.stoken_refine(x)
+        stokens, association = functional.super_token_sampling(
+            x, self.stoken_size, self.n_iter, self.scale, self.association_grad, self.backend
+        )
+        return functional.token_upsampling(self.stoken_refine(stokens), association, self.backend)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, stoken_size={self.stoken_size}, n_iter={self.n_iter}, "
+            f"association_grad={self.association_grad}, backend={self.backend!r}"
+        )
+
+
+class SuperTokenBlock(nn.Module):
+    """One block (paper, figure 2): position embedding, super token attention, convolutional MLP.
+
+    x = x + depthwise3x3(x); x = x + drop_path(gamma_1 * attention(LayerNorm(x)));
+    x = x + drop_path(gamma_2 * mlp(BatchNorm(x))); gamma_1 and gamma_2 only with layerscale.
+
+    Shape: (B, dim, H, W) -> the same, any H and W.
+    """
+
+    gamma_1: nn.Parameter | None
+    gamma_2: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        stoken_size: int | tuple[int, int],
+        n_iter: int = 1,
+        num_heads: int = 1,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        layerscale: bool = False,
+        init_values: float = 1e-6,
+        *,
+        association_grad: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.backend = dispatch.check_backend(backend)
+        self.pos_embed = ResidualDepthwise(dim, backend=backend)
+        self.norm1 = LayerNorm2d(dim, backend=backend)
+        self.attn = StokenAttention(
+            dim,
+            stoken_size,
+            n_iter,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop=attn_drop,
+            proj_drop=drop,
+            association_grad=association_grad,
+            backend=backend,
+        )
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.mlp2 = Mlp(dim, int(dim * mlp_ratio), act_layer, drop, backend=backend)
+        for name in ("gamma_1", "gamma_2"):
+            gamma = nn.Parameter(torch.full((1, dim, 1, 1), init_values)) if layerscale else None
+            self.register_parameter(name, gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pos_embed(x)
+        x = self._join(x, self.attn(self.norm1(x)), self.gamma_1)
+        return self._join(x, self.mlp2(self.norm2(x)), self.gamma_2)
+
+    def _join(self, x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
+        """x + drop_path(gamma * y)."""
+        dropping = self.drop_path.drop_prob > 0.0 and self.training
+        keep = self.drop_path.factors(y) if dropping else None
+        return functional.residual_branch(x, y, None if gamma is None else gamma.view(-1), keep, self.backend)
