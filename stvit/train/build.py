@@ -1,0 +1,113 @@
+"""Models, teacher, precision and optimization by the flags, through timm."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg_value, is_model
+from timm.optim import create_optimizer_v2
+from timm.optim import optimizer_kwargs as optimizer_flags
+from timm.scheduler import create_scheduler
+from torch import nn
+
+import stvit
+from stvit import dispatch
+from stvit.model import CONFIGS
+from stvit.train.engine import Precision
+from stvit.train.errors import UserError
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
+
+
+def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The model named by ``--model``, with random weights, on the CPU.
+
+    Raises:
+        UserError: for an unknown name or options that the model does not take.
+    """
+    check_name(args.model, "--model")
+    options: dict[str, Any] = {"num_classes": num_classes, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    if args.model in CONFIGS:
+        options |= {"backend": args.backend, "association_grad": args.association_grad}
+    elif get_pretrained_cfg_value(args.model, "fixed_input_size"):
+        options["img_size"] = args.input_size
+    try:
+        return timm.create_model(args.model, **options)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        del options["drop_path_rate"]  # this model has no stochastic depth
+        return timm.create_model(args.model, **options)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"--model {args.model}: {error}") from error
+
+
+def check_name(name: str, flag: str) -> None:
+    """Raise UserError, with the closest names, unless timm or this package has a model of this name."""
+    if is_model(name):
+        return
+    close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+    raise UserError(f"{flag} {name}: no such model" + (f"; did you mean {', '.join(close)}?" if close else ""))
+
+
+def build_precision(args: argparse.Namespace, device: torch.device) -> Precision:
+    """Mixed precision by ``--amp`` and ``--amp-dtype``.
+
+    Raises:
+        UserError: for an unknown dtype.
+    """
+    if args.amp_dtype != "auto" and args.amp_dtype not in AMP_DTYPES:
+        raise UserError(f"--amp-dtype {args.amp_dtype}: expected auto, bf16 or fp16")
+    on = device.type == "cuda" if args.amp is None else args.amp
+    if not on:
+        return Precision(device.type, None)
+    if args.amp_dtype == "auto":
+        bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return Precision(device.type, torch.bfloat16 if bf16 else torch.float16)
+    return Precision(device.type, AMP_DTYPES[args.amp_dtype])
+
+
+def resolve_backend(args: argparse.Namespace, precision: Precision, device: torch.device) -> str:
+    """What to say of the super token kernels: the backend that the model will use on this device.
+
+    Raises:
+        UserError: for an unknown backend, or one named explicitly that can't run here, with the reasons.
+    """
+    try:
+        asked = dispatch.check_backend(args.backend, "--backend")
+        asked = dispatch.default_backend() if asked == "auto" else asked
+        used = dispatch.resolve(asked, device, precision.dtype or torch.float32)
+    except (ValueError, stvit.BackendError) as error:
+        raise UserError(str(error)) from error
+    if args.model not in CONFIGS:
+        return "none (timm's model)"
+    return f"{used} (auto)" if asked == "auto" else used
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, world_size: int) -> torch.optim.Optimizer:
+    """timm's optimizer at the learning rate for this batch: ``--lr`` x images a step / 512.
+
+    Raises:
+        UserError: for an unknown name or arguments that it does not take.
+    """
+    options = optimizer_flags(args) | {"lr": args.lr * args.batch_size * world_size / 512}
+    try:
+        return create_optimizer_v2(model, **options)
+    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+        raise UserError(f"--opt {args.opt}: {error}") from error
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """timm's schedule over ``--epochs``, of ``steps`` steps each; None for ``--sched none``.
+
+    Raises:
+        UserError: for an unknown name or arguments that don't make a schedule.
+    """
+    try:
+        return create_scheduler(args, optimizer, updates_per_epoch=steps)[0]
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"--sched {args.sched}: {error}") from error

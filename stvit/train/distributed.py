@@ -1,0 +1,84 @@
+"""One process or many: what torchrun or SLURM says, and the few collectives that training needs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from stvit.train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which process this is, of how many, and the device it works on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that prints and saves."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value summed over all processes, exactly for counts below 2^53."""
+        if self.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def start(args: argparse.Namespace) -> Process:
+    """Join the process group if there is one, and pick the device.
+
+    Raises:
+        UserError: for a device that this machine does not have.
+    """
+    rank, world_size, local_rank = _place(args)
+    device = _device(args.device, local_rank if world_size > 1 else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=args.dist_url, world_size=world_size, rank=rank)
+    return Process(rank, world_size, device)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _place(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Rank, number of processes, rank on this machine."""
+    environ = os.environ
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", 0))
+    if "SLURM_PROCID" in environ and args.world_size > 1:
+        rank = int(environ["SLURM_PROCID"])
+        return rank, args.world_size, rank % max(1, torch.cuda.device_count())
+    return 0, 1, 0
+
+
+def _device(name: str | None, local_rank: int | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such kind of device") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: torch sees no CUDA GPU here; try --device cpu")
+        index = device.index if device.index is not None else local_rank or 0
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device cuda:{index}: torch sees {torch.cuda.device_count()} GPUs here")
+        return torch.device("cuda", index)
+    if device.type != "cpu":
+        raise UserError(f"--device {name}: cpu and cuda are supported")
+    return device
