@@ -1,0 +1,78 @@
+"""What every benchmark prints: lines, tables and progress. With rich where it is installed, in plain text otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from rich.text import Text
+
+    HAVE_RICH = True
+except ImportError:  # a GPU machine that has torch and little else
+    HAVE_RICH = False
+
+USAGE_ERROR = 2  # argparse's own exit code for a wrong command line
+
+
+def say(text: str = "") -> None:
+    """One line, at once, also into a file or a pipe."""
+    print(text, flush=True)
+
+
+def usage_error(message: str) -> NoReturn:
+    """Ends the program over a user's mistake: one line on standard error, exit code 2, no traceback."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(USAGE_ERROR)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """A table of strings whose first `left` columns are aligned left and the others right."""
+    if not (HAVE_RICH and sys.stdout.isatty()):
+        say(plain_table(title, header, rows, left))
+        return
+    drawn = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        drawn.add_column(name, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    Console().print(drawn)
+
+
+def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """The same as one string, the columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [title]
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """Gives `step(what)`, to be called before each of `total` steps: a bar on a terminal, elsewhere a line a step."""
+    if HAVE_RICH and sys.stdout.isatty():
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, transient=True) as bar:
+            task, begun = bar.add_task("", total=total), iter([0])  # the first step ends none
+
+            def advance(what: str) -> None:
+                bar.update(task, advance=next(begun, 1), description=what)
+
+            yield advance
+        return
+    began, count = time.monotonic(), 0
+
+    def line(what: str) -> None:
+        nonlocal count
+        count += 1
+        say(f"[{count}/{total}] {time.monotonic() - began:6.1f} s  {what}")
+
+    yield line
