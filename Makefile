@@ -9,11 +9,11 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= $(shell $(PY) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types docs clean
+.PHONY: help setup train test lint types docs gpu-check clean
 
 help: ## list the targets
 	@echo "Targets (PYTHON=python3.12 picks the interpreter, ARGS=... is passed on):"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-13s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
 
 setup: $(INSTALLED) ## make .venv with the pinned versions and this package, editable
 
@@ -31,6 +31,12 @@ types: $(INSTALLED) ## check the type hints
 
 docs: $(INSTALLED) ## check the links, paths, commands and examples in the documentation
 	$(PY) -m pytest -q tests/test_docs.py
+
+# Sets nothing up: where .venv is missing PYTHON runs it, whose torch and triton are those of the machine.
+STAGE ?= all
+OUT ?= runs/gpu-check
+gpu-check: ## check and measure on a GPU (STAGE=tests, sanitizer, ops, training, convergence or all; OUT=DIR)
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.gpu_check $(STAGE) --out $(OUT) $(ARGS)
 
 clean: ## remove builds and caches; .venv and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
