@@ -46,7 +46,9 @@ class AuthorsStokenAttention(nn.Module):
     def sampling(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Super tokens (B, C, gh, gw) and the association (B, T, P, 9) of x (B, C, H, W)."""
         h, w = self.stoken_size
-        x = F.pad(x, (0, -x.shape[3] % w, 0, -x.shape[2] % h))
+        right, bottom = -x.shape[3] % w, -x.shape[2] % h
+        if right or bottom:
+            x = F.pad(x, (0, right, 0, bottom))
         batch, channels, height, width = x.shape
         grid = gh, gw = height // h, width // w
         stokens = F.adaptive_avg_pool2d(x, grid)
