@@ -4,7 +4,8 @@ A row is a pixel's channels, 64 to 640 numbers: a program takes several rows at 
 blocks one after the other, so that the sums for weight and bias stay on chip.
 
 Bytes, X being those of x: forward reads 1 X, writes 1 X, and two float32 numbers a pixel; backward reads 2 X (x and
-dy), writes 1 X, and 2 sums a channel and program, float32, that are added up in a fixed order: no atomics.
+dy; 3 X with the gradient of a skip connection, whose addition would take PyTorch 3 X more), writes 1 X, and 2 sums a
+channel and program, float32, that are added up in a fixed order: no atomics.
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ def channel_layer_norm_kernel(
 
 @triton.jit
 def channel_layer_norm_backward_kernel(
-    x, xb, xc, xh, xw, weight, mean, rstd, dy, db, dc, dh, dw, dx, eb, ec, eh, ew, partial, pixels, H, W, C, blocks,
-    ACCUMULATOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, xb, xc, xh, xw, weight, mean, rstd, dy, db, dc, dh, dw, skip, kb, kc, kh, kw, dx, eb, ec, eh, ew, partial,
+    pixels, H, W, C, blocks,
+    SKIP: tl.constexpr, ACCUMULATOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: `blocks` blocks of ROWS pixels. With n = (x - mean) * rstd and g = dy * weight,
-    dx = rstd (g - mean of g - n * mean of g n); the sums of dy n and of dy go to partial (program, 2, C)."""
+    dx = rstd (g - mean of g - n * mean of g n), plus the gradient `skip` of another use of x; the sums of dy n and of
+    dy go to partial (program, 2, C)."""
     program = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, CHANNELS)
     w = tl.load(weight + c, mask=c < C, other=0.0).to(ACCUMULATOR)
@@ -77,8 +80,12 @@ def channel_layer_norm_backward_kernel(
         n = tl.where(seen, (u - m[:, None]) * s[:, None], 0.0)
         g = d * w[None, :]
         slope = g - (tl.sum(g, axis=1) / C)[:, None] - n * (tl.sum(g * n, axis=1) / C)[:, None]
+        slope *= s[:, None]
+        if SKIP:
+            at = rows_at(r, H, W, kb, kh, kw)[:, None] + c.to(tl.int64)[None, :] * kc
+            slope += tl.load(skip + at, mask=seen, other=0.0).to(ACCUMULATOR)
         at = rows_at(r, H, W, eb, eh, ew)[:, None] + c.to(tl.int64)[None, :] * ec
-        tl.store(dx + at, (slope * s[:, None]).to(dx.dtype.element_ty), mask=seen)
+        tl.store(dx + at, slope.to(dx.dtype.element_ty), mask=seen)
         sum_w += d * n
         sum_b += d
     tl.store(partial + program * 2 * C + c, tl.sum(sum_w, axis=0), mask=c < C)
@@ -110,9 +117,13 @@ def channel_layer_norm(
 
 
 def channel_layer_norm_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    grad_y: Tensor, skip: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx in x's format, dweight (C,), dbias (C,)); the last two in weight's dtype, summed in float32 or wider."""
+    """(dx in x's format, dweight (C,), dbias (C,)); the last two in weight's dtype, summed in float32 or wider.
+
+    `skip` is the gradient (B, C, H, W) of another use of x, added to dx.
+    """
+    added = grad_y if skip is None else skip
     batch, channels, height, width = x.shape
     grad_x = empty_pixels(x, channels, height, width, is_channels_last(x))
     rows, block = _blocks(channels)
@@ -122,9 +133,9 @@ def channel_layer_norm_backward(
     if programs:
         with torch.cuda.device_of(x):
             channel_layer_norm_backward_kernel[(programs,)](
-                x, *x.stride(), weight.contiguous(), mean, rstd, grad_y, *grad_y.stride(), grad_x, *grad_x.stride(),
-                partial, mean.numel(), height, width, channels, blocks,
-                configs.accumulator(x), rows, block, num_warps=4,
+                x, *x.stride(), weight.contiguous(), mean, rstd, grad_y, *grad_y.stride(), added, *added.stride(),
+                grad_x, *grad_x.stride(), partial, mean.numel(), height, width, channels, blocks,
+                skip is not None, configs.accumulator(x), rows, block, num_warps=4,
             )  # fmt: skip
     sums = partial.sum(0).to(weight.dtype)
     return grad_x, sums[0].clone(), sums[1].clone()

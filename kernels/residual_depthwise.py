@@ -179,9 +179,7 @@ def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: boo
     return y
 
 
-def residual_depthwise_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def residual_depthwise_backward(grad_y: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(dx in x's format, dweight (C, 1, 3, 3), dbias (C,)); sums in float32 or wider, given in weight's dtype."""
     batch, channels, height, width = x.shape
     grad_x = empty_pixels(x, channels, height, width, is_channels_last(x))

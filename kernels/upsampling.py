@@ -1,7 +1,7 @@
 """Token upsampling with Triton: forward, and backward in both gradient modes.
 
 Bytes, X being those of y and A = 9/C X those of the association, partial sums left aside (pixels_to_tokens.py):
-  forward             read A, write 1 X
+  forward             read A, write 1 X; with a residual read 1 X more
   backward, detached  read A and 1 X (dy)
   backward, full      read A and 1 X (dy), write A (its gradient)
 dy wider than one block of channels is read once more by the full backward.
@@ -9,6 +9,7 @@ dy wider than one block of channels is read once more by the full backward.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from stvit.geometry import grid_size, is_channels_last
@@ -23,10 +24,13 @@ def by_pixel(weights: Tensor) -> Tensor:
     return weights.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
-def upsampling(stokens: Tensor, weights: Tensor, h: int, w: int, channels_last: bool) -> Tensor:
-    """y = A S': pixels (B, C, H, W) from super tokens (B, C, gh, gw)."""
-    y = empty_pixels(stokens, stokens.shape[1], weights.shape[2], weights.shape[3], channels_last)
-    tokens_to_pixels(by_pixel(weights), stokens, y, h, w)
+def upsampling(
+    stokens: Tensor, weights: Tensor, h: int, w: int, channels_last: bool, residual: Tensor | None = None
+) -> Tensor:
+    """y = A S', plus the residual: pixels (B, C, H, W) from super tokens (B, C, gh, gw)."""
+    dtype = stokens.dtype if residual is None else torch.promote_types(stokens.dtype, residual.dtype)
+    y = empty_pixels(stokens, stokens.shape[1], weights.shape[2], weights.shape[3], channels_last, dtype)
+    tokens_to_pixels(by_pixel(weights), stokens, y, h, w, residual=residual)
     return y
 
 

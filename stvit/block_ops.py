@@ -25,7 +25,7 @@ SCHEMAS = {
         " -> (Tensor y, Tensor mean, Tensor rstd)"
     ),
     "channel_layer_norm_backward": (
-        "(Tensor grad_y, Tensor x, Tensor weight, Tensor mean, Tensor rstd, str backend)"
+        "(Tensor grad_y, Tensor? skip, Tensor x, Tensor weight, Tensor mean, Tensor rstd, str backend)"
         " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
     ),
     "residual_branch": "(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, str backend) -> Tensor out",
@@ -91,13 +91,13 @@ def _channel_layer_norm_fake(
 
 
 def _channel_layer_norm_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, backend: str
+    grad_y: Tensor, skip: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return kernels(backend, "channel_layer_norm").channel_layer_norm_backward(grad_y, x, weight, mean, rstd)
+    return kernels(backend, "channel_layer_norm").channel_layer_norm_backward(grad_y, skip, x, weight, mean, rstd)
 
 
 def _channel_layer_norm_backward_fake(
-    grad_y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, backend: str
+    grad_y: Tensor, skip: Tensor | None, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x), weight.new_empty((x.shape[1],)), weight.new_empty((x.shape[1],))
 
@@ -110,8 +110,26 @@ def _channel_layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
 
 
 def _channel_layer_norm_autograd(ctx: Any, grad_y: Tensor, *_: Tensor) -> Any:
-    grads = torch.ops.stvit.channel_layer_norm_backward(grad_y, *ctx.saved_tensors, ctx.backend)
+    grads = torch.ops.stvit.channel_layer_norm_backward(grad_y, None, *ctx.saved_tensors, ctx.backend)
     return (*grads, None, None, None)
+
+
+class NormAndSkip(torch.autograd.Function):
+    """(channel_layer_norm(x), x): the gradient of the x that is given back is added inside the norm's backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        y, mean, rstd = torch.ops.stvit.channel_layer_norm(x, weight, bias, eps, dtype, backend)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.backend = backend
+        return y, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, skip: Tensor) -> Any:  # type: ignore[override]
+        grads = torch.ops.stvit.channel_layer_norm_backward(grad_y, skip, *ctx.saved_tensors, ctx.backend)
+        return (*grads, None, None, None)
 
 
 def _residual_branch(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, backend: str) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import block_ops, dispatch, ops, reference  # noqa: F401  (block_ops registers its ops)
+from . import block_ops, dispatch, ops, reference
 from .geometry import (
     Association,
     check_branch,
-    check_per_channel,
+    check_matching,
     check_pixels,
     check_sampling,
     check_upsampling,
@@ -63,6 +63,8 @@ def token_upsampling(
     stokens: Tensor,  # (B, C, gh, gw)
     association: Association,
     backend: str = "auto",
+    *,
+    residual: Tensor | None = None,  # (B, C, H, W)
 ) -> Tensor:
     """Gives every pixel the mixture of its 3 x 3 neighbouring super tokens (Huang et al., CVPR 2023, eq. 8).
 
@@ -72,24 +74,26 @@ def token_upsampling(
         association: what `super_token_sampling` returned. Its weights get a gradient where they require one, that is
             after sampling with ``association_grad=True``.
         backend: "auto", "triton", "cuda" or "reference".
+        residual: pixels (B, C, H, W) to add, in any floating dtype: the sum is written once, and nothing is read again.
 
     Returns:
-        Pixels (B, C, H, W) in the dtype of stokens (autocast's dtype under autocast), and in the memory format of
-        the tensor that was sampled.
+        Pixels (B, C, H, W) in the dtype of stokens (autocast's dtype under autocast), promoted with that of residual,
+        and in the memory format of the tensor that was sampled.
 
     Raises:
         TypeError, ValueError: naming the argument and what was expected, before anything is computed.
         BackendError: the backend named can't run; every reason is listed.
     """
-    check_upsampling(stokens, association)
+    check_upsampling(stokens, association, residual)
     stokens = ops.autocast(stokens)
     weights: Any = association.weights.to(stokens.dtype)
     (h, w), channels_last = association.stoken_size, association.channels_last
     name = dispatch.choose(backend, stokens)
     if name == "reference":
         with torch.autocast(stokens.device.type, enabled=False):
-            return reference.upsampling(stokens, weights, (h, w), channels_last)
-    return torch.ops.stvit.upsampling(stokens, weights, h, w, channels_last, name)
+            y = reference.upsampling(stokens, weights, (h, w), channels_last)
+            return y if residual is None else residual + y
+    return torch.ops.stvit.upsampling(stokens, weights, residual, h, w, channels_last, name)
 
 
 def residual_depthwise(
@@ -116,8 +120,8 @@ def residual_depthwise(
         BackendError: the backend named can't run; every reason is listed.
     """
     check_pixels(x)
-    check_per_channel(weight, "weight", x, (x.shape[1], 1, 3, 3))
-    check_per_channel(bias, "bias", x, (x.shape[1],))
+    check_matching(weight, "weight", x, (x.shape[1], 1, 3, 3))
+    check_matching(bias, "bias", x, (x.shape[1],))
     name = dispatch.choose(backend, x)
     if name == "reference":
         return reference.residual_depthwise(x, weight, bias, gelu)
@@ -148,13 +152,32 @@ def channel_layer_norm(
         TypeError, ValueError: naming the argument and what was expected, before anything is computed.
         BackendError: the backend named can't run; every reason is listed.
     """
-    check_pixels(x)
-    check_per_channel(weight, "weight", x, (x.shape[1],))
-    check_per_channel(bias, "bias", x, (x.shape[1],))
+    _check_norm(x, weight, bias)
     name = dispatch.choose(backend, x)
     if name == "reference":
         return ops.autocast(reference.channel_layer_norm(x, weight, bias, eps))
     return torch.ops.stvit.channel_layer_norm(x, weight, bias, eps, ops.autocast_dtype(x), name)[0]
+
+
+def channel_layer_norm_and_skip(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(channel_layer_norm(x, ...), x), for the start of a residual branch.
+
+    Use the x that is given back for the skip connection: the backward then adds its gradient where it writes that of
+    the norm, which saves a pass of 3 X. Arguments and errors are those of `channel_layer_norm`.
+    """
+    _check_norm(x, weight, bias)
+    name = dispatch.choose(backend, x)
+    if name == "reference":
+        return ops.autocast(reference.channel_layer_norm(x, weight, bias, eps)), x
+    return block_ops.NormAndSkip.apply(x, weight, bias, eps, ops.autocast_dtype(x), name)
+
+
+def _check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    check_pixels(x)
+    check_matching(weight, "weight", x, (x.shape[1],))
+    check_matching(bias, "bias", x, (x.shape[1],))
 
 
 def residual_branch(

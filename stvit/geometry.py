@@ -107,8 +107,8 @@ def check_sampling(x: Any, stoken_size: Any, n_iter: Any, scale: Any) -> tuple[t
     return tile, iterations, float(scale)
 
 
-def check_upsampling(stokens: Any, association: Any) -> None:
-    """That the super tokens and the association come from the same grid, device, batch and dtype."""
+def check_upsampling(stokens: Any, association: Any, residual: Any = None) -> None:
+    """That super tokens and association have one grid, batch and device, and a residual the shape of the result."""
     check_pixels(stokens, "stokens")
     if not isinstance(association, Association):
         raise TypeError(
@@ -133,26 +133,29 @@ def check_upsampling(stokens: Any, association: Any) -> None:
             raise ValueError(
                 f"{name}: expected the device of association.weights, {weights.device}, got {tensor.device}"
             )
+    check_matching(residual, "residual", stokens, (batch, stokens.shape[1], height, width), "stokens")
 
 
-def check_per_channel(tensor: Any, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """That a parameter (or None) has the shape expected, a floating dtype, and lies on the device of x."""
+def check_matching(tensor: Any, name: str, x: Tensor, shape: tuple[int, ...], x_name: str = "x") -> None:
+    """That a tensor (or None) has the shape expected, a floating dtype, and lies on the device of x."""
     if tensor is None:
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of shape {shape}, got {type(tensor).__name__}")
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape} for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{name}: expected shape {shape} for {x_name} of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
+        )
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name}: expected a floating dtype, got {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.device != x.device:
-        raise ValueError(f"{name}: expected the device of x, {x.device}, got {tensor.device}")
+        raise ValueError(f"{name}: expected the device of {x_name}, {x.device}, got {tensor.device}")
 
 
 def check_branch(x: Any, y: Any, gamma: Any, keep: Any) -> None:
     """That stream x and branch y have one shape and device, and gamma (C,) and keep (B,) fit them."""
     check_pixels(x)
     check_pixels(y, "y")
-    check_per_channel(y, "y", x, tuple(x.shape))
-    check_per_channel(gamma, "gamma", x, (x.shape[1],))
-    check_per_channel(keep, "keep", x, (x.shape[0],))
+    check_matching(y, "y", x, tuple(x.shape))
+    check_matching(gamma, "gamma", x, (x.shape[1],))
+    check_matching(keep, "keep", x, (x.shape[0],))

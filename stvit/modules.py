@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch, functional
-from .geometry import check_pixels, is_channels_last, memory_format, stoken_pair
+from .geometry import Association, check_pixels, is_channels_last, memory_format, stoken_pair
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -31,6 +31,11 @@ class LayerNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.channel_layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps, self.backend)
+
+    def and_skip(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(self(x), x), the latter for the skip connection: its gradient is added inside the norm's backward."""
+        norm = self.norm
+        return functional.channel_layer_norm_and_skip(x, norm.weight, norm.bias, norm.eps, self.backend)
 
 
 class ResidualDepthwise(nn.Module):
@@ -91,12 +96,13 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.drop_prob == 0.0 or not self.training:
-            return x
-        return x * self.factors(x).view(-1, 1, 1, 1)
+        factors = self.factors(x)
+        return x if factors is None else x * factors.view(-1, 1, 1, 1)
 
-    def factors(self, x: Tensor) -> Tensor:
-        """Each sample's factor (B,), 0 or 1 / keep, in x's dtype, drawn from the random stream as timm does."""
+    def factors(self, x: Tensor) -> Tensor | None:
+        """Each sample's factor (B,), 0 or 1 / keep, in x's dtype, or None where nothing is dropped."""
+        if self.drop_prob == 0.0 or not self.training:
+            return None
         keep = 1.0 - self.drop_prob
         return x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep).view(-1)
 
@@ -141,9 +147,11 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(y))
 
     def _heads(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Views q, k, v of the one product, each (B, heads, N, head_dim)."""
-        heads = tokens.unflatten(2, (self.num_heads, 3, -1))
-        return heads.permute(3, 0, 2, 1, 4).unbind(0)
+        """Views q, k, v of the one product, each (B, heads, N, head_dim).
+
+        Split before they are transposed: the backward then stacks their gradients right into the product's layout.
+        """
+        return tuple(part.transpose(1, 2) for part in tokens.unflatten(2, (self.num_heads, 3, -1)).unbind(3))
 
     def _explicit(self, tokens: Tensor) -> Tensor:
         q, k, v = self._heads(tokens)
@@ -228,15 +236,40 @@ class StokenAttention(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        if self.stoken_size == (1, 1):
+            return self.stoken_refine(x)
+        stokens, association = self._sample(x)
+        return functional.token_upsampling(self.stoken_refine(stokens), association, self.backend)
+
+    def branch(self, x: Tensor, residual: Tensor, gamma: Tensor | None, drop_path: DropPath) -> Tensor:
+        """residual + drop_path(gamma * self(x)), the whole branch of a block; gamma (C,) or None.
+
+        Upsampling is linear, so LayerScale and drop-path scale the super tokens, few as they are, and the residual is
+        added where the pixels are written.
+        """
+        self._check(x)
+        if self.stoken_size == (1, 1):
+            y = self.stoken_refine(x)
+            return functional.residual_branch(residual, y, gamma, drop_path.factors(y), self.backend)
+        stokens, association = self._sample(x)
+        stokens = self.stoken_refine(stokens)
+        keep = drop_path.factors(stokens)
+        if gamma is not None:
+            stokens = gamma.view(1, -1, 1, 1) * stokens
+        if keep is not None:
+            stokens = stokens * keep.view(-1, 1, 1, 1)
+        return functional.token_upsampling(stokens, association, self.backend, residual=residual)
+
+    def _check(self, x: Tensor) -> None:
         check_pixels(x)
         if x.shape[1] != self.dim:
             raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")
-        if self.stoken_size == (1, 1):
-            return self.stoken_refine(x)
-        stokens, association = functional.super_token_sampling(
+
+    def _sample(self, x: Tensor) -> tuple[Tensor, Association]:
+        return functional.super_token_sampling(
             x, self.stoken_size, self.n_iter, self.scale, self.association_grad, self.backend
         )
-        return functional.token_upsampling(self.stoken_refine(stokens), association, self.backend)
 
     def extra_repr(self) -> str:
         return (
@@ -300,12 +333,8 @@ class SuperTokenBlock(nn.Module):
             self.register_parameter(name, gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pos_embed(x)
-        x = self._join(x, self.attn(self.norm1(x)), self.gamma_1)
-        return self._join(x, self.mlp2(self.norm2(x)), self.gamma_2)
-
-    def _join(self, x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
-        """x + drop_path(gamma * y)."""
-        dropping = self.drop_path.drop_prob > 0.0 and self.training
-        keep = self.drop_path.factors(y) if dropping else None
-        return functional.residual_branch(x, y, None if gamma is None else gamma.view(-1), keep, self.backend)
+        y, x = self.norm1.and_skip(self.pos_embed(x))
+        gamma_1, gamma_2 = (None if g is None else g.view(-1) for g in (self.gamma_1, self.gamma_2))
+        x = self.attn.branch(y, x, gamma_1, self.drop_path)
+        y = self.mlp2(self.norm2(x))
+        return functional.residual_branch(x, y, gamma_2, self.drop_path.factors(y), self.backend)

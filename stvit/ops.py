@@ -32,7 +32,9 @@ SCHEMAS = {
         "(Tensor? grad_stokens, Tensor? grad_weights, Tensor x, Tensor stokens, Tensor pooled, Tensor weights,"
         " Tensor mass, int h, int w, int n_iter, float scale, str backend) -> Tensor grad_x"
     ),
-    "upsampling": "(Tensor stokens, Tensor weights, int h, int w, bool channels_last, str backend) -> Tensor y",
+    "upsampling": (
+        "(Tensor stokens, Tensor weights, Tensor? residual, int h, int w, bool channels_last, str backend) -> Tensor y"
+    ),
     "upsampling_backward": (
         "(Tensor grad_y, Tensor weights, int h, int w, bool channels_last, str backend) -> Tensor grad_stokens"
     ),
@@ -125,12 +127,17 @@ def _sampling_backward_full_fake(
     return empty_pixels(x, x.shape[1], x.shape[2], x.shape[3], is_channels_last(x))
 
 
-def _upsampling(stokens: Tensor, weights: Tensor, h: int, w: int, channels_last: bool, backend: str) -> Tensor:
-    return kernels(backend, "upsampling").upsampling(stokens, weights, h, w, channels_last)
+def _upsampling(
+    stokens: Tensor, weights: Tensor, residual: Tensor | None, h: int, w: int, channels_last: bool, backend: str
+) -> Tensor:
+    return kernels(backend, "upsampling").upsampling(stokens, weights, h, w, channels_last, residual)
 
 
-def _upsampling_fake(stokens: Tensor, weights: Tensor, h: int, w: int, channels_last: bool, backend: str) -> Tensor:
-    return empty_pixels(stokens, stokens.shape[1], weights.shape[2], weights.shape[3], channels_last)
+def _upsampling_fake(
+    stokens: Tensor, weights: Tensor, residual: Tensor | None, h: int, w: int, channels_last: bool, backend: str
+) -> Tensor:
+    dtype = stokens.dtype if residual is None else torch.promote_types(stokens.dtype, residual.dtype)
+    return empty_pixels(stokens, stokens.shape[1], weights.shape[2], weights.shape[3], channels_last, dtype)
 
 
 def _upsampling_backward(grad_y: Tensor, weights: Tensor, h: int, w: int, channels_last: bool, backend: str) -> Tensor:
@@ -183,22 +190,26 @@ def _sampling_autograd(ctx: Any, grad_stokens: Tensor | None, grad_weights: Tens
 
 
 def _upsampling_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    stokens, weights, ctx.h, ctx.w, _, ctx.backend = inputs
+    stokens, weights, residual, ctx.h, ctx.w, _, ctx.backend = inputs
     ctx.channels_last = is_channels_last(stokens)
+    ctx.dtype, ctx.residual_dtype = stokens.dtype, None if residual is None else residual.dtype
     ctx.full = ctx.needs_input_grad[1]
     ctx.save_for_backward(*((weights, stokens) if ctx.full else (weights,)))
 
 
-def _upsampling_autograd(ctx: Any, grad_y: Tensor) -> Any:
+def _upsampling_autograd(ctx: Any, grad: Tensor) -> Any:
     weights, *full = ctx.saved_tensors
+    grad_y, grad_weights = grad.to(ctx.dtype), None
     if full:
-        grads = torch.ops.stvit.upsampling_backward_full(grad_y, full[0], weights, ctx.h, ctx.w, ctx.backend)
-    else:
-        grads = (
-            torch.ops.stvit.upsampling_backward(grad_y, weights, ctx.h, ctx.w, ctx.channels_last, ctx.backend),
-            None,
+        grad_stokens, grad_weights = torch.ops.stvit.upsampling_backward_full(
+            grad_y, full[0], weights, ctx.h, ctx.w, ctx.backend
         )
-    return (*grads, None, None, None, None)
+    else:
+        grad_stokens = torch.ops.stvit.upsampling_backward(
+            grad_y, weights, ctx.h, ctx.w, ctx.channels_last, ctx.backend
+        )
+    grad_residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
+    return grad_stokens, grad_weights, grad_residual, None, None, None, None
 
 
 for _name, _schema in SCHEMAS.items():

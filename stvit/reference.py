@@ -26,7 +26,8 @@ def pixels_by_tile(x: Tensor, stoken_size: tuple[int, int]) -> Tensor:
     batch, channels, height, width = x.shape
     h, w = stoken_size
     gh, gw = grid_size(height, width, stoken_size)
-    x = F.pad(x, (0, gw * w - width, 0, gh * h - height))
+    if (gh * h, gw * w) != (height, width):  # padding by nothing would copy
+        x = F.pad(x, (0, gw * w - width, 0, gh * h - height))
     x = x.reshape(batch, channels, gh, h, gw, w).permute(0, 2, 4, 3, 5, 1)
     return x.reshape(batch, gh * gw, h * w, channels)
 
