@@ -1,0 +1,294 @@
+"""Where the time of a step goes: kernels by category and by part of the network, read from torch.profiler.
+
+On a GPU the entries are device kernels; on the CPU they are PyTorch operators with the time of their own (without
+the operators they call). A kernel's category follows from the operator that launched it, the shape of that operator's
+weight, the part of the network it ran for, and its own name, by the rules of `category`; its part from the module
+whose forward, or whose forward's backward, it belongs to. Compiled code and CUDA graphs run outside the modules: there
+kernels are told by name, and what the compiler fused counts as pointwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._C._autograd import DeviceType
+from torch.autograd.profiler import record_function
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+CATEGORIES = (
+    "super token ops", "depthwise", "1x1 products", "convolutions", "attention", "norms", "pointwise", "copies",
+    "optimiser", "other",
+)  # fmt: skip
+SCOPE = "part: "  # begins the names of the ranges that mark parts of the network
+STOKEN_PART = "super token attention"
+
+# Names of modules, which are the checkpoints', -> part of the network; {} is the stage.
+PARTS = [
+    (r"patch_embed", "patch embedding"),
+    (r"layers\.(\d+)\.downsample", "downsampling"),
+    (r"layers\.(\d+)\.blocks\.\d+", "stage {} residuals"),  # what is left when the parts below are taken out
+    (r"layers\.(\d+)\.blocks\.\d+\.pos_embed", "stage {} position embedding"),
+    (r"layers\.(\d+)\.blocks\.\d+\.norm[12]", "stage {} norms"),
+    (r"layers\.(\d+)\.blocks\.\d+\.attn", f"stage {{}} {STOKEN_PART}"),
+    (r"layers\.(\d+)\.blocks\.\d+\.attn\.stoken_refine", "stage {} attention"),
+    (r"layers\.(\d+)\.blocks\.\d+\.mlp2", "stage {} mlp"),
+    (r"proj|norm|head", "head"),
+]
+
+# (what is looked at, regular expression, category); the first that matches counts. "kernel" is the kernel's name, "op"
+# the launching operator, "ops" that and those around it, "conv" what sort of convolution is among them.
+RULES = [
+    ("ops", r"^Optimizer\.step|^aten::_fused_adam", "optimiser"),
+    ("kernel", r"multi_tensor_apply|FusedAdam", "optimiser"),
+    ("ops", r"^stvit::(up)?sampling|^stvit::super_token", "super token ops"),
+    ("kernel", r"^(walk|fold|pooling|tokens_to_pixels|pixels_to_tokens)_kernel|stoken|super_token", "super token ops"),
+    ("part", rf"{STOKEN_PART}$", "super token ops"),
+    ("op", r"^stvit::\w*depthwise", "depthwise"),
+    ("op", r"^stvit::\w*norm", "norms"),
+    ("op", r"^stvit::\w*attention", "attention"),
+    ("op", r"^stvit::\w*residual", "pointwise"),
+    ("kernel", r"Memcpy|Memset|nchwToNhwc|nhwcToNchw|tensorTransform|transpose|direct_copy|CatArray", "copies"),
+    ("kernel", r"^triton_poi_fused(__to_copy|_clone|_constant_pad_nd|_cat)+(_\d+)?$", "copies"),
+    ("op", r"^aten::(copy_|_to_copy|clone|contiguous|cat|constant_pad_nd|fill_|zero_)$", "copies"),
+    ("conv", r"^depthwise$", "depthwise"),
+    ("kernel", r"depthwise|dwconv|grouped_direct|conv2d_c1_k1", "depthwise"),
+    ("conv", r"^1x1$", "1x1 products"),
+    ("conv", r"^dense$", "convolutions"),
+    ("ops", r"scaled_dot_product|^aten::_softmax|^aten::_?(flash|efficient|cudnn)_attention", "attention"),
+    ("kernel", r"flash|fmha|attention|sdpa|softmax", "attention"),
+    ("op", r"^aten::(bmm|baddbmm)", "attention"),
+    ("op", r"^aten::(mm|addmm|linear)$", "1x1 products"),
+    ("kernel", r"^triton_poi|cpp_fused", "pointwise"),
+    ("kernel", r"^triton_\w*bmm", "attention"),
+    ("kernel", r"fprop|dgrad|wgrad|convolve|conv2d|^triton_tem\w*conv", "convolutions"),
+    ("kernel", r"^triton_tem|gemm|gemv|nvjet|cutlass|splitKreduce", "1x1 products"),
+    ("op", r"layer_norm|batch_norm", "norms"),
+    ("kernel", r"(?i)layer_?norm|batch_?norm|bn_fw|bn_bw|welford|RowwiseMoments|GammaBeta", "norms"),
+    ("kernel", r"elementwise|vectorized|residual|reduce_kernel|^triton_(red|per)|gelu", "pointwise"),
+    ("op", r"^aten::(add|sub|mul|div|gelu|silu|sum|mean|sigmoid|bernoulli|where|neg|exp|sqrt)", "pointwise"),
+]
+COMPILED = [(what, re.compile(pattern), name) for what, pattern, name in RULES]
+
+
+class Entry(NamedTuple):
+    """Time of one kernel by name, launching operator and part, per step."""
+
+    name: str
+    category: str
+    op: str
+    part: str
+    ms: float
+    calls: float
+
+
+class Profile(NamedTuple):
+    """`busy_ms`: time a step during which at least one kernel ran (on the CPU: summed operator time)."""
+
+    busy_ms: float
+    entries: list[Entry]
+
+    def total(self, field: str) -> dict[str, float]:
+        """Milliseconds a step by "category" or "part", largest first."""
+        sums: dict[str, float] = defaultdict(float)
+        for entry in self.entries:
+            sums[getattr(entry, field)] += entry.ms
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def take(
+    step: Callable[[], Any], device: torch.device, steps: int = 3, model: nn.Module | None = None, shapes: bool = False
+) -> Profile:
+    """Profiles `steps` calls of a step that has run before.
+
+    model: the one that the step runs, if its modules' parts are wanted and it isn't compiled. shapes: record the
+    shapes by which convolutions are told apart; costs host time, so neither matters to the busy time of a GPU.
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with _marked(model), profile(activities=activities, record_shapes=shapes, acc_events=True) as recorded:
+        for _ in range(steps):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return read(list(recorded.events() or ()), steps, device.type == "cuda")
+
+
+def category(kernel: str, ops: Sequence[str], shapes: Sequence[Any], part: str) -> str:
+    """The category of a kernel: `ops` are its launching operator and those around it, innermost first; `shapes` are
+    the input shapes of the innermost convolution among them, if any."""
+    looked_at = {"kernel": [kernel], "op": ops[:1], "ops": ops, "part": [part], "conv": [_convolution(ops, shapes)]}
+    for what, pattern, name in COMPILED:
+        if any(pattern.search(text) for text in looked_at[what]):
+            return name
+    return "other"
+
+
+def _convolution(ops: Sequence[str], shapes: Sequence[Any]) -> str:
+    """ "depthwise", "1x1" or "dense" by the weight's shape (out, in / groups, kh, kw); "" without a convolution."""
+    op = next((op for op in ops if _is_convolution(op)), "")
+    index = 2 if "backward" in op else 1  # (grad, input, weight, ...) or (input, weight, ...)
+    weight = shapes[index] if op and len(shapes) > index else None
+    if not weight or len(weight) != 4:
+        return ""
+    if weight[2:] == [1, 1]:
+        return "1x1"
+    return "depthwise" if weight[1] == 1 and weight[0] > 1 else "dense"
+
+
+def _is_convolution(op: str) -> bool:
+    return op.startswith("aten::") and "conv" in op
+
+
+def read(events: Sequence[FunctionEvent], steps: int, on_gpu: bool) -> Profile:
+    """The entries of recorded events, and the busy time."""
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    parts = _parts_by_sequence(on_host)
+    sums: dict[tuple[str, str, str, str], list[float]] = defaultdict(lambda: [0.0, 0])
+    host_names = {event.name for event in on_host}
+    # Ranges that mark parts are mirrored on the device under their own names; they are no kernels.
+    device_events = [e for e in events if e.device_type == DeviceType.CUDA and e.name not in host_names]
+    launched: dict[str, int] = defaultdict(int)
+    for event in on_host:
+        found = [(k.name, k.duration) for k in event.kernels if k.name not in host_names] if on_gpu else _own(event)
+        if not found:
+            continue
+        ops, shapes, part = _around(event, parts)
+        for name, microseconds in found:
+            launched[name] += 1
+            entry = sums[name, category(name, ops, shapes, part), ops[0] if ops else "", part]
+            entry[0] += microseconds
+            entry[1] += 1
+    for event in device_events:  # kernels of CUDA graphs: no operator launched them
+        launched[event.name] -= 1
+        if launched[event.name] < 0:
+            entry = sums[event.name, category(event.name, [], [], ""), "", ""]
+            entry[0] += event.time_range.end - event.time_range.start
+            entry[1] += 1
+    entries = [Entry(*key, ms / 1e3 / steps, calls / steps) for key, (ms, calls) in sums.items()]
+    entries.sort(key=lambda entry: -entry.ms)
+    ranges = ((event.time_range.start, event.time_range.end) for event in device_events)
+    busy = union(ranges) / 1e3 / steps if on_gpu else sum(entry.ms for entry in entries)
+    return Profile(busy, entries)
+
+
+def union(ranges: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals: kernels that overlap count once."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(ranges):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _own(event: FunctionEvent) -> list[tuple[str, float]]:
+    """On the CPU an operator is its own kernel; ranges and autograd's bookkeeping are none."""
+    if not re.match(r"(?!autograd|torch::autograd|profiler)\w+::|.*cpp_fused", event.name):
+        return []
+    return [(event.name, event.self_cpu_time_total)]
+
+
+def _chain(event: FunctionEvent) -> Iterator[FunctionEvent]:
+    at: FunctionEvent | None = event
+    while at is not None:
+        yield at
+        at = at.cpu_parent
+
+
+def _parts_by_sequence(events: Iterable[FunctionEvent]) -> dict[int, str]:
+    """Autograd numbers a forward operator and its backward alike: number -> part of the forward."""
+    found: dict[int, str] = {}
+    for event in events:
+        if event.sequence_nr >= 0 and not event.name.startswith("autograd::"):
+            part = next((e.name for e in _chain(event) if e.name.startswith(SCOPE)), None)
+            if part is not None:
+                found[event.sequence_nr] = part.removeprefix(SCOPE)
+    return found
+
+
+def _around(event: FunctionEvent, parts: dict[int, str]) -> tuple[list[str], list[Any], str]:
+    """Operators around an event, innermost first, the input shapes of the convolution among them, and the part."""
+    ops: list[str] = []
+    shapes: list[Any] = []
+    part = ""
+    for at in _chain(event):
+        if at.name.startswith(SCOPE):
+            part = part or at.name.removeprefix(SCOPE)
+            continue
+        if at.name.startswith("autograd::engine"):
+            part = part or parts.get(at.sequence_nr, "")
+        if not shapes and _is_convolution(at.name):
+            shapes = list(at.input_shapes or [])
+        if "::" in at.name or at.name.startswith("Optimizer"):
+            ops.append(at.name)
+    return ops, shapes, part
+
+
+def part_of(module: str, tiled_stages: Iterable[int]) -> str | None:
+    """The part of the network that a module's name stands for; None where its parent's part covers it.
+
+    Where tiles are one pixel, super token attention is plain attention: only `tiled_stages` (from 0) have the former.
+    """
+    for pattern, part in PARTS:
+        match = re.fullmatch(pattern, module)
+        if match:
+            stage = int(match[1]) if match.groups() else -1
+            if part.endswith(STOKEN_PART) and stage not in tiled_stages:
+                return f"stage {stage + 1} attention"
+            return part.format(stage + 1)
+    return None
+
+
+@contextmanager
+def _marked(model: nn.Module | None) -> Iterator[None]:
+    """Within the block every forward of a part of the network is a range of the profile; so is every call of `branch`,
+    by which our blocks call their attention."""
+    handles, open_ranges, wrapped = [], [], []
+
+    def enter(part: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            open_ranges.append(record_function(SCOPE + part))
+            open_ranges[-1].__enter__()
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    def within(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            with record_function(SCOPE + part):
+                return method(*arguments, **options)
+
+        return call
+
+    tiled = _tiled_stages(model) if model is not None else set()
+    for name, module in model.named_modules() if model is not None else ():
+        part = part_of(name, tiled)
+        if part:
+            handles += [module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave)]
+            if hasattr(module, "branch"):
+                module.branch = within(part, module.branch)  # hides the class's
+                wrapped.append(module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in wrapped:
+            del module.branch
+
+
+def _tiled_stages(model: nn.Module) -> set[int]:
+    tiled = set()
+    for name, module in model.named_modules():
+        match = re.fullmatch(r"layers\.(\d+)\.blocks\.\d+\.attn", name)
+        size = getattr(module, "stoken_size", (1, 1))
+        if match and tuple(size) != (1, 1):
+            tiled.add(int(match[1]))
+    return tiled
