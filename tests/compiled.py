@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -24,13 +25,15 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class Usage(NamedTuple):
-    """What one compiled kernel takes: registers a thread, bytes of stack (spills) and of shared memory, warps."""
+    """What one compiled kernel takes: registers a thread, bytes of stack (spills) and of shared memory, warps; and how
+    many atomic instructions it holds."""
 
     kernel: str
     registers: int
     stack: int
     shared: int
     warps: int
+    atomics: int
 
 
 class _Driver:
@@ -64,8 +67,9 @@ def _compile_only(capability: int) -> Iterator[list[Any]]:
         yield kernels
 
 
+@cache
 def usage(kernel: Any) -> Usage:
-    """Reads registers, stack and shared memory from the compiled kernel's cubin."""
+    """Reads registers, stack and shared memory from the compiled kernel's cubin, atomics from its PTX."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -74,9 +78,11 @@ def usage(kernel: Any) -> Usage:
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
+    atomics = re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\b", kernel.asm["ptx"], re.MULTILINE)
     return Usage(
-        kernel.metadata.name, int(found[1]), int(found[2]), kernel.metadata.shared, kernel.metadata.num_warps
-    )
+        kernel.metadata.name, int(found[1]), int(found[2]), kernel.metadata.shared, kernel.metadata.num_warps,
+        len(atomics),
+    )  # fmt: skip
 
 
 def compile_call(call: Callable[[], Any], capability: int) -> list[Usage]:
