@@ -62,7 +62,8 @@ def compare(sides: dict[str, Step], pairs: int) -> dict[str, Any]:
     """Milliseconds (median, p20, p80) of each side over `pairs` turns and the quantiles of reference / authors."""
     for ours, theirs in zip(sides["reference"](), sides["authors"](), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    cpu, times = torch.device("cpu"), {name: [] for name in sides}
+    cpu = torch.device("cpu")
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(pairs):
         for name in sorted(sides, reverse=bool(turn % 2)):
             times[name].append(measure([sides[name]], cpu, warmup=0, repeats=1).median)
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for stage, shape in STAGES.items():
         for name, memory_format in FORMATS.items():
             timings = compare(steps(shape, chosen.batch, memory_format), chosen.pairs)

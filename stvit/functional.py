@@ -11,8 +11,8 @@ from . import block_ops, dispatch, ops, reference
 from .geometry import (
     Association,
     check_branch,
-    check_matching,
-    check_pixels,
+    check_depthwise,
+    check_norm,
     check_sampling,
     check_upsampling,
     is_channels_last,
@@ -119,9 +119,7 @@ def residual_depthwise(
         TypeError, ValueError: naming the argument and what was expected, before anything is computed.
         BackendError: the backend named can't run; every reason is listed.
     """
-    check_pixels(x)
-    check_matching(weight, "weight", x, (x.shape[1], 1, 3, 3))
-    check_matching(bias, "bias", x, (x.shape[1],))
+    check_depthwise(x, weight, bias)
     name = dispatch.choose(backend, x)
     if name == "reference":
         return reference.residual_depthwise(x, weight, bias, gelu)
@@ -152,7 +150,7 @@ def channel_layer_norm(
         TypeError, ValueError: naming the argument and what was expected, before anything is computed.
         BackendError: the backend named can't run; every reason is listed.
     """
-    _check_norm(x, weight, bias)
+    eps = check_norm(x, weight, bias, eps)
     name = dispatch.choose(backend, x)
     if name == "reference":
         return ops.autocast(reference.channel_layer_norm(x, weight, bias, eps))
@@ -167,17 +165,11 @@ def channel_layer_norm_and_skip(
     Use the x that is given back for the skip connection: the backward then adds its gradient where it writes that of
     the norm, which saves a pass of 3 X. Arguments and errors are those of `channel_layer_norm`.
     """
-    _check_norm(x, weight, bias)
+    eps = check_norm(x, weight, bias, eps)
     name = dispatch.choose(backend, x)
     if name == "reference":
         return ops.autocast(reference.channel_layer_norm(x, weight, bias, eps)), x
     return block_ops.NormAndSkip.apply(x, weight, bias, eps, ops.autocast_dtype(x), name)
-
-
-def _check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    check_pixels(x)
-    check_matching(weight, "weight", x, (x.shape[1],))
-    check_matching(bias, "bias", x, (x.shape[1],))
 
 
 def residual_branch(

@@ -133,13 +133,12 @@ def check_upsampling(stokens: Any, association: Any, residual: Any = None) -> No
             raise ValueError(
                 f"{name}: expected the device of association.weights, {weights.device}, got {tensor.device}"
             )
-    check_matching(residual, "residual", stokens, (batch, stokens.shape[1], height, width), "stokens")
+    if residual is not None:
+        check_matching(residual, "residual", stokens, (batch, stokens.shape[1], height, width), "stokens")
 
 
 def check_matching(tensor: Any, name: str, x: Tensor, shape: tuple[int, ...], x_name: str = "x") -> None:
-    """That a tensor (or None) has the shape expected, a floating dtype, and lies on the device of x."""
-    if tensor is None:
-        return
+    """That a tensor has the shape expected, a floating dtype, and lies on the device of x."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of shape {shape}, got {type(tensor).__name__}")
     if tuple(tensor.shape) != shape:
@@ -157,5 +156,26 @@ def check_branch(x: Any, y: Any, gamma: Any, keep: Any) -> None:
     check_pixels(x)
     check_pixels(y, "y")
     check_matching(y, "y", x, tuple(x.shape))
-    check_matching(gamma, "gamma", x, (x.shape[1],))
-    check_matching(keep, "keep", x, (x.shape[0],))
+    for tensor, name, count in ((gamma, "gamma", x.shape[1]), (keep, "keep", x.shape[0])):
+        if tensor is not None:
+            check_matching(tensor, name, x, (count,))
+
+
+def check_depthwise(x: Any, weight: Any, bias: Any) -> None:
+    """That pixels x have a weight (C, 1, 3, 3) and a bias (C,) or None."""
+    check_pixels(x)
+    check_matching(weight, "weight", x, (x.shape[1], 1, 3, 3))
+    if bias is not None:
+        check_matching(bias, "bias", x, (x.shape[1],))
+
+
+def check_norm(x: Any, weight: Any, bias: Any, eps: Any) -> float:
+    """That pixels x have a weight (C,) and a bias (C,); eps as a float."""
+    check_pixels(x)
+    check_matching(weight, "weight", x, (x.shape[1],))
+    check_matching(bias, "bias", x, (x.shape[1],))
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: expected a float, got {eps!r} of type {type(eps).__name__}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps: expected a finite float of at least 0, got {eps!r}")
+    return float(eps)

@@ -99,12 +99,13 @@ class DropPath(nn.Module):
         factors = self.factors(x)
         return x if factors is None else x * factors.view(-1, 1, 1, 1)
 
-    def factors(self, x: Tensor) -> Tensor | None:
-        """Each sample's factor (B,), 0 or 1 / keep, in x's dtype, or None where nothing is dropped."""
+    def factors(self, x: Tensor, gamma: Tensor | None = None) -> Tensor | None:
+        """Each sample's factor (B,), 0 or 1 / keep, or None where nothing is dropped; in the dtype of gamma * x."""
         if self.drop_prob == 0.0 or not self.training:
             return None
         keep = 1.0 - self.drop_prob
-        return x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep).view(-1)
+        dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
+        return x.new_empty(x.shape[0], 1, 1, 1, dtype=dtype).bernoulli_(keep).div_(keep).view(-1)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3g}"
@@ -245,18 +246,16 @@ class StokenAttention(nn.Module):
     def branch(self, x: Tensor, residual: Tensor, gamma: Tensor | None, drop_path: DropPath) -> Tensor:
         """residual + drop_path(gamma * self(x)), the whole branch of a block; gamma (C,) or None.
 
-        Upsampling is linear, so LayerScale and drop-path scale the super tokens, few as they are, and the residual is
-        added where the pixels are written.
+        Upsampling is linear, so drop-path scales the super tokens, few as they are, and the residual is added where the
+        pixels are written. Not so with LayerScale, which may make the branch, and the sum, float32 under autocast.
         """
+        if gamma is not None or self.stoken_size == (1, 1):
+            y = self(x)
+            return functional.residual_branch(residual, y, gamma, drop_path.factors(y, gamma), self.backend)
         self._check(x)
-        if self.stoken_size == (1, 1):
-            y = self.stoken_refine(x)
-            return functional.residual_branch(residual, y, gamma, drop_path.factors(y), self.backend)
         stokens, association = self._sample(x)
         stokens = self.stoken_refine(stokens)
         keep = drop_path.factors(stokens)
-        if gamma is not None:
-            stokens = gamma.view(1, -1, 1, 1) * stokens
         if keep is not None:
             stokens = stokens * keep.view(-1, 1, 1, 1)
         return functional.token_upsampling(stokens, association, self.backend, residual=residual)
@@ -337,4 +336,4 @@ class SuperTokenBlock(nn.Module):
         gamma_1, gamma_2 = (None if g is None else g.view(-1) for g in (self.gamma_1, self.gamma_2))
         x = self.attn.branch(y, x, gamma_1, self.drop_path)
         y = self.mlp2(self.norm2(x))
-        return functional.residual_branch(x, y, gamma_2, self.drop_path.factors(y), self.backend)
+        return functional.residual_branch(x, y, gamma_2, self.drop_path.factors(y, gamma_2), self.backend)

@@ -112,12 +112,18 @@ def upsampling(stokens: Tensor, weights: Tensor, stoken_size: tuple[int, int], c
 def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """h + depthwise3x3(h) + bias of x (B, C, H, W), where h = gelu(x) or x; weight (C, 1, 3, 3), bias (C,)."""
     h = F.gelu(x) if gelu else x
-    return h + F.conv2d(h, weight, bias, padding=1, groups=x.shape[1])
+    bias = None if bias is None else bias.to(h.dtype)
+    return h + F.conv2d(h, weight.to(h.dtype), bias, padding=1, groups=x.shape[1])
 
 
 def channel_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the channels of each pixel of x (B, C, H, W); weight and bias (C,)."""
-    y = F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), weight, bias, eps).permute(0, 3, 1, 2)
+    """LayerNorm over the channels of each pixel of x (B, C, H, W); weight and bias (C,), in any floating dtype."""
+    if weight.dtype == bias.dtype == x.dtype:
+        wide = x
+    else:  # PyTorch wants one dtype
+        wide, weight, bias = (t.to(torch.promote_types(accumulator(x.dtype), weight.dtype)) for t in (x, weight, bias))
+    y = F.layer_norm(wide.permute(0, 2, 3, 1), (x.shape[1],), weight, bias, eps).permute(0, 3, 1, 2)
+    y = y if wide is x else y.to(x.dtype)
     return y.contiguous(memory_format=memory_format(is_channels_last(x)))
 
 

@@ -233,13 +233,18 @@ def assert_within_twice(
 
 
 def far_apart(x: Tensor, dimension: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """x with entries 2**30 + 8 apart in one dimension; skips the test where there is not as much address space."""
+    """x with its entries in one dimension, three or more, 2**30 + 8 apart: 32 bits don't hold the last one's offset.
+
+    It starts 2**31 into its buffer: a wrapped offset reads other memory instead of crashing. What lies between is
+    never touched, so it takes address space alone. Skips the test where there is not as much of it.
+    """
+    entries = x.shape[dimension]
+    assert entries >= 3
     strides = list(x.stride())
     strides[dimension] = 2**30 + 8
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     try:
-        buffer = torch.empty(sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) + 1, dtype=x.dtype,
-                             device=x.device)  # fmt: skip
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        pytest.skip(f"cannot reserve 4 GiB: {error}")
-    return buffer.as_strided(x.shape, strides).copy_(x)
+        buffer = torch.empty(2**31 + entries * strides[dimension], dtype=x.dtype, device=x.device)
+    except RuntimeError as error:  # out of memory too
+        pytest.skip(f"cannot reserve {entries + 2} x 2 GiB: {error}")
+    return buffer.as_strided(x.shape, strides, 2**31).copy_(x)

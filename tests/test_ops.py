@@ -312,3 +312,28 @@ def test_nothing_is_kept_without_grad(device: str) -> None:
     assert saved(inference) == []
     with torch.inference_mode():
         whole(x, (2, 3), 1, False, "triton")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@full_or_not
+def test_captured_in_a_cuda_graph(full: bool) -> None:
+    """Any synchronisation, and any launch on another stream than the current one, would end the capture."""
+    x = torch.randn(2, 16, 9, 7, device="cuda", requires_grad=True)
+
+    def run() -> list[Tensor]:
+        stokens, y = whole(x, (2, 3), 2, full, "triton")
+        return [stokens.detach(), y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))]
+
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        expected = run()
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for result in captured:
+        result.fill_(torch.nan)
+    graph.replay()
+    for result, value in zip(captured, expected, strict=True):
+        assert torch.equal(result, value)

@@ -150,7 +150,8 @@ def test_offsets_beyond_two_to_the_31(
     far: str, dimension: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = [1, 2, 2, 2]
-    shape[dimension] = 3
+    if (far, dimension) != ("grad_y", 3):  # its columns are twice as many already
+        shape[dimension] = 3
     batch, channels, gh, gw = shape
     weights = torch.rand(batch, 9, gh, 2 * gw, dtype=torch.float16, device=device).requires_grad_()
     association = Association(weights, torch.ones(batch, 1, gh, gw, device=device), (1, 2), False)
