@@ -1,4 +1,4 @@
-"""What the tests of the block's ops share: pixels listed and drawn, what a call saves, and the check of a wrong call."""
+"""What the tests of the block's ops share: pixels listed and drawn, the comparison, what a call saves, wrong calls."""
 
 from __future__ import annotations
 
@@ -130,8 +130,9 @@ def wide_programs(device: str) -> Iterator[None]:
         assert width <= residual_depthwise.SPAN
         return batch, batch, 1, configs.power_of_two(-(-height // rows)), configs.power_of_two(channels)
 
-    with mock.patch.object(configs, "blocks", blocks), mock.patch.multiple(
-        residual_depthwise, _grid=grid, ROWS=1, ROWS_BACKWARD=1
+    with (
+        mock.patch.object(configs, "blocks", blocks),
+        mock.patch.multiple(residual_depthwise, _grid=grid, ROWS=1, ROWS_BACKWARD=1),
     ):
         yield
 

@@ -212,7 +212,7 @@ def steady(model: nn.Module) -> None:
 def test_images_are_converted_once_and_nothing_else_is(
     backend: str, options: dict[str, Any], layout: str, device: str
 ) -> None:
-    """The kernels' model copies no activation but the images, forward, and stacks the gradients of q, k and v, backward.
+    """On the kernels no activation but the images is copied forward; backward the gradients of q, k and v are stacked.
 
     The reference copies within sampling, upsampling and its explicit attention, and nowhere between.
     """

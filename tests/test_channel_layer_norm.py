@@ -20,8 +20,11 @@ from stvit.kernels import channel_layer_norm as kernels
 
 
 class Case(NamedTuple):
-    """One call; x has this mean, and with `skip` is used for a skip connection too. elements: numbers that a program holds at a time, programs: how many programs the
-    backward has, at most; None: as the kernels have it."""
+    """One call; x has this mean, and with `skip` is used for a skip connection too.
+
+    elements: numbers that a program holds at a time; programs: how many programs the backward has, at most; None: as
+    the kernels have it.
+    """
 
     pixels: Pixels
     mean: float = 0.0
@@ -168,7 +171,8 @@ def test_a_large_mean_costs_no_more_than_its_rounding(mean: float, device: str) 
 def test_gradient_is_true(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "ELEMENTS", 8)
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
-    inputs = [torch.randn(shape, dtype=DOUBLE, device=device, requires_grad=True) for shape in ((2, 3, 3, 2), (3,), (3,))]
+    shapes = [(2, 3, 3, 2), (3,), (3,)]
+    inputs = [torch.randn(shape, dtype=DOUBLE, device=device, requires_grad=True) for shape in shapes]
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return channel_layer_norm(x, weight, bias, 1e-3, "triton")
@@ -215,7 +219,8 @@ def test_nan_and_infinity_spread_as_in_the_reference(value: float, where: str, d
     for backend in ("triton", "reference"):
         tensors = {"x": pixels.pixels(0, device), "grad": pixels.pixels(1, device)}
         tensors[where][1, 3, 2, 1] = value
-        inputs = [leaf(tensor, SINGLE) for tensor in (tensors["x"], *(pixels.parameter(i, device, 5) for i in range(2)))]
+        parameters = [pixels.parameter(which, device, 5) for which in range(2)]
+        inputs = [leaf(tensor, SINGLE) for tensor in (tensors["x"], *parameters)]
         y = channel_layer_norm(*inputs, 1e-6, backend)
         results.append([y.detach(), *torch.autograd.grad(y, inputs, tensors["grad"])])
     for name, found, expected in zip(("y", "x", "weight", "bias"), *results, strict=True):
@@ -324,6 +329,7 @@ X, VECTOR = torch.zeros(2, 3, 4, 5), torch.zeros(3)
         ({"eps": None}, TypeError, "eps"),
         ({"eps": "small"}, TypeError, "eps"),
         ({"eps": math.nan}, ValueError, "eps"),
+        ({"eps": -1e-6}, ValueError, "eps"),
         ({"backend": "fast"}, ValueError, "backend"),
     ],
 )

@@ -168,7 +168,8 @@ def test_nan_and_infinity_spread_as_in_the_reference(value: float, where: str, d
             out = residual_branch(*inputs, keep, backend)
             results.append([out.detach(), *torch.autograd.grad(out, inputs, tensors["grad"])])
         for name, found, expected in zip(("out", "x", "y", "gamma"), *results, strict=True):
-            torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: n + m)
+            close = {"equal_nan": True, "rtol": 1e-5, "atol": 1e-6}
+            torch.testing.assert_close(found, expected, **close, msg=lambda text, name=name: f"{name}: {text}")
         assert any(not found.isfinite().all() for found in results[0])
 
 

@@ -28,7 +28,6 @@ class Case(NamedTuple):
     bias: bool = True
     span: int | None = None
 
-
     def parameters(self, device: str) -> list[Tensor]:
         channels = self.pixels.channels
         weight, bias = self.pixels.parameter(0, device, channels, 1, 3, 3), self.pixels.parameter(1, device, channels)
