@@ -57,7 +57,7 @@ class SeparateDepthwise(ResidualDepthwise):
 class CopyingLayerNorm2d(LayerNorm2d):
     """LayerNorm over channels between two contiguous copies."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return self.norm(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2).contiguous()
 
 
@@ -77,7 +77,7 @@ class SeparateStokenAttention(StokenAttention):
 
     core: AuthorsStokenAttention
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if self.stoken_size == (1, 1):
             return self.stoken_refine(x)
         stokens, association = self.core.sampling(x)

@@ -27,17 +27,19 @@ PROGRAMS = 1024  # programs of the backward at the most, each of which writes it
 @triton.jit
 def rows_at(r, H, W, sb, sh, sw):
     """Offsets of the pixels r = (image, row, column) counted through."""
-    image = r // W // H
-    return image * sb + (r // W % H) * sh + (r % W) * sw
+    above = r // W
+    image = above // H
+    row, column = above - image * H, r - above * W
+    return image.to(tl.int64) * sb + row.to(tl.int64) * sh + column.to(tl.int64) * sw
 
 
 @triton.jit
 def channel_layer_norm_kernel(
     x, xb, xc, xh, xw, weight, bias, y, yb, yc, yh, yw, mean, rstd, pixels, H, W, C, eps: tl.constexpr,
-    ACCUMULATOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, INDEX: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS pixels, all their channels."""
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    r = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CHANNELS)
     seen = (r < pixels)[:, None] & (c < C)[None, :]
     at = rows_at(r, H, W, xb, xh, xw)[:, None] + c.to(tl.int64)[None, :] * xc
@@ -58,7 +60,7 @@ def channel_layer_norm_kernel(
 def channel_layer_norm_backward_kernel(
     x, xb, xc, xh, xw, weight, mean, rstd, dy, db, dc, dh, dw, skip, kb, kc, kh, kw, dx, eb, ec, eh, ew, partial,
     pixels, H, W, C, blocks,
-    SKIP: tl.constexpr, ACCUMULATOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    SKIP: tl.constexpr, ACCUMULATOR: tl.constexpr, INDEX: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: `blocks` blocks of ROWS pixels. With n = (x - mean) * rstd and g = dy * weight,
     dx = rstd (g - mean of g - n * mean of g n), plus the gradient `skip` of another use of x; the sums of dy n and of
@@ -69,7 +71,7 @@ def channel_layer_norm_backward_kernel(
     sum_w = tl.zeros([ROWS, CHANNELS], ACCUMULATOR)
     sum_b = tl.zeros([ROWS, CHANNELS], ACCUMULATOR)
     for i in range(0, blocks):
-        r = (program * blocks + i) * ROWS + tl.arange(0, ROWS)
+        r = (program.to(INDEX) * blocks + i) * ROWS + tl.arange(0, ROWS)
         seen = (r < pixels)[:, None] & (c < C)[None, :]
         at = rows_at(r, H, W, xb, xh, xw)[:, None] + c.to(tl.int64)[None, :] * xc
         u = tl.load(x + at, mask=seen, other=0.0).to(ACCUMULATOR)
@@ -92,6 +94,11 @@ def channel_layer_norm_backward_kernel(
     tl.store(partial + (program * 2 + 1) * C + c, tl.sum(sum_b, axis=0), mask=c < C)
 
 
+def index(pixels: int) -> tl.dtype:
+    """The dtype that pixels are counted in: 64-bit division is a subroutine of a hundred instructions."""
+    return tl.int32 if pixels < 2**30 else tl.int64
+
+
 def _blocks(channels: int) -> tuple[int, int]:
     """Pixels a block and channels, both powers of two."""
     width = configs.power_of_two(channels)
@@ -111,7 +118,8 @@ def channel_layer_norm(
         with torch.cuda.device_of(x):
             channel_layer_norm_kernel[(triton.cdiv(mean.numel(), rows),)](
                 x, *x.stride(), weight.contiguous(), bias.contiguous(), y, *y.stride(), mean, rstd,
-                mean.numel(), height, width, channels, eps, configs.accumulator(x), rows, block, num_warps=4,
+                mean.numel(), height, width, channels, eps,
+                configs.accumulator(x), index(mean.numel()), rows, block, num_warps=4,
             )  # fmt: skip
     return y, mean, rstd
 
@@ -135,7 +143,7 @@ def channel_layer_norm_backward(
             channel_layer_norm_backward_kernel[(programs,)](
                 x, *x.stride(), weight.contiguous(), mean, rstd, grad_y, *grad_y.stride(), added, *added.stride(),
                 grad_x, *grad_x.stride(), partial, mean.numel(), height, width, channels, blocks,
-                skip is not None, configs.accumulator(x), rows, block, num_warps=4,
+                skip is not None, configs.accumulator(x), index(mean.numel()), rows, block, num_warps=4,
             )  # fmt: skip
     sums = partial.sum(0).to(weight.dtype)
     return grad_x, sums[0].clone(), sums[1].clone()

@@ -109,7 +109,10 @@ def walk_kernel(
                 if GRAD:
                     slope += tl.load(grad + at, mask=known, other=0.0).to(ACCUMULATOR)
                 share = factor.to(ACCUMULATOR)
-                slope = share * (slope - tl.sum(share * slope, axis=1)[:, None])
+                # Divided by their sum: rounded, nine weights near 0 and 1 sum to 1 only to a rounding.
+                total = tl.sum(share, axis=1)
+                mean = tl.sum(share * slope, axis=1) / tl.where(total == 0.0, 1.0, total)
+                slope = share * (slope - mean[:, None])
                 factor = slope.to(block.dtype)
                 tl.store(out + at, factor, mask=known)
             if SUM:

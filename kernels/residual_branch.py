@@ -16,7 +16,7 @@ from stvit.geometry import accumulator, is_channels_last
 from stvit.ops import empty_pixels
 
 from . import configs
-from .channel_layer_norm import PROGRAMS, rows_at
+from .channel_layer_norm import PROGRAMS, index, rows_at
 
 ELEMENTS = 1024  # numbers that a program of 4 warps holds at a time; twice as many spill on compute capability 8.0
 
@@ -24,13 +24,13 @@ ELEMENTS = 1024  # numbers that a program of 4 warps holds at a time; twice as m
 @triton.jit
 def residual_branch_kernel(
     x, xb, xc, xh, xw, y, yb, yc, yh, yw, gamma, keep, out, ob, oc, oh, ow, pixels, H, W, C,
-    GAMMA: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    GAMMA: tl.constexpr, KEEP: tl.constexpr, ADD: tl.constexpr, ACCUMULATOR: tl.constexpr, INDEX: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS pixels, CHANNELS channels. ADD: out = x + keep gamma y; otherwise out = keep gamma y, which
     is the backward with dout for y."""
     blocks = tl.cdiv(C, CHANNELS)
-    r = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    r = (tl.program_id(0) // blocks).to(INDEX) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     seen = (r < pixels)[:, None] & (c < C)[None, :]
     at = rows_at(r, H, W, yb, yh, yw)[:, None] + c.to(tl.int64)[None, :] * yc
@@ -49,7 +49,7 @@ def residual_branch_kernel(
 @triton.jit
 def residual_branch_backward_kernel(
     dout, db, dc, dh, dw, y, yb, yc, yh, yw, gamma, keep, dy, eb, ec, eh, ew, partial, pixels, H, W, C, count,
-    KEEP: tl.constexpr, ACCUMULATOR: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    KEEP: tl.constexpr, ACCUMULATOR: tl.constexpr, INDEX: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: `count` blocks of ROWS pixels, CHANNELS channels. Writes dy = keep * gamma * dout, and the sum of
     keep * dout * y, the gradient of gamma, to partial (part, C)."""
@@ -59,7 +59,7 @@ def residual_branch_backward_kernel(
     scale = tl.load(gamma + c, mask=c < C, other=0.0).to(ACCUMULATOR)[None, :]
     total = tl.zeros([ROWS, CHANNELS], ACCUMULATOR)
     for i in range(0, count):
-        r = (part * count + i) * ROWS + tl.arange(0, ROWS)
+        r = (part.to(INDEX) * count + i) * ROWS + tl.arange(0, ROWS)
         seen = (r < pixels)[:, None] & (c < C)[None, :]
         at = rows_at(r, H, W, db, dh, dw)[:, None] + c.to(tl.int64)[None, :] * dc
         slope = tl.load(dout + at, mask=seen, other=0.0).to(ACCUMULATOR)
@@ -90,7 +90,8 @@ def _scaled(x: Tensor | None, y: Tensor, gamma: Tensor | None, keep: Tensor | No
             residual_branch_kernel[(triton.cdiv(pixels, rows) * triton.cdiv(channels, block),)](
                 like, *like.stride(), y, *y.stride(), y if gamma is None else gamma.contiguous(),
                 y if keep is None else keep.contiguous(), out, *out.stride(), pixels, height, width, channels,
-                gamma is not None, keep is not None, x is not None, configs.accumulator(out), rows, block, num_warps=4,
+                gamma is not None, keep is not None, x is not None,
+                configs.accumulator(out), index(pixels), rows, block, num_warps=4,
             )  # fmt: skip
     return out
 
@@ -119,6 +120,6 @@ def residual_branch_backward(
             residual_branch_backward_kernel[(parts * triton.cdiv(channels, block),)](
                 grad, *grad.stride(), y, *y.stride(), gamma.contiguous(), y if keep is None else keep.contiguous(),
                 grad_y, *grad_y.stride(), partial, pixels, height, width, channels, count,
-                keep is not None, configs.accumulator(grad), rows, block, num_warps=4,
+                keep is not None, configs.accumulator(grad), index(pixels), rows, block, num_warps=4,
             )  # fmt: skip
     return grad_y, partial.sum(0).to(gamma.dtype)

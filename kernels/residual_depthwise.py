@@ -33,7 +33,7 @@ def load_column(x, sh, sw, row, column, inside, H, W, COUNT: tl.constexpr, ACCUM
     pixels = ()
     for i in tl.static_range(COUNT):
         mask = inside & ((row + i >= 0) & (row + i < H))[:, None] & (column >= 0) & (column < W)
-        offset = ((row + i).to(tl.int64) * sh)[:, None] + column * sw
+        offset = ((row + i).to(tl.int64) * sh)[:, None] + tl.cast(column, tl.int64) * sw
         pixels = pixels + (tl.load(x + offset, mask=mask, other=0.0).to(ACCUMULATOR),)
     return pixels
 
@@ -95,7 +95,7 @@ def residual_depthwise_kernel(
         for j in tl.static_range(ROWS):
             ended = ending[j] + taps[2] * h[j] + taps[5] * h[j + 1] + taps[8] * h[j + 2]
             written = inside & (row + j < H)[:, None] & (column - 1 >= first)
-            at = ((row + j).to(tl.int64) * yh)[:, None] + (column - 1) * yw
+            at = ((row + j).to(tl.int64) * yh)[:, None] + tl.cast(column - 1, tl.int64) * yw
             tl.store(y + at, ended.to(y.dtype.element_ty), mask=written)
             next_ending = next_ending + (middle[j] + taps[1] * h[j] + taps[4] * h[j + 1] + taps[7] * h[j + 2],)
             next_middle = next_middle + (shift + taps[0] * h[j] + taps[3] * h[j + 1] + taps[6] * h[j + 2],)
@@ -147,7 +147,7 @@ def residual_depthwise_backward_kernel(
             sums = added + (sums[9] + tl.where((row + j < H)[:, None], d[4], 0.0),)
             if GELU:
                 slope *= phi + u[j] * 0.3989422804014327 * tl.exp(-0.5 * u[j] * u[j])
-            at = ((row + j).to(tl.int64) * eh)[:, None] + column * ew
+            at = ((row + j).to(tl.int64) * eh)[:, None] + tl.cast(column, tl.int64) * ew
             tl.store(dx + at, slope.to(dx.dtype.element_ty), mask=inside & (row + j < H)[:, None])
         left, here = here, right
     for k in tl.static_range(10):

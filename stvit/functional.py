@@ -92,7 +92,7 @@ def token_upsampling(
     if name == "reference":
         with torch.autocast(stokens.device.type, enabled=False):
             y = reference.upsampling(stokens, weights, (h, w), channels_last)
-            return y if residual is None else residual + y
+            return y if residual is None else y + residual
     return torch.ops.stvit.upsampling(stokens, weights, residual, h, w, channels_last, name)
 
 
@@ -119,7 +119,7 @@ def residual_depthwise(
         TypeError, ValueError: naming the argument and what was expected, before anything is computed.
         BackendError: the backend named can't run; every reason is listed.
     """
-    check_depthwise(x, weight, bias)
+    check_depthwise(x, weight, bias, gelu)
     name = dispatch.choose(backend, x)
     if name == "reference":
         return reference.residual_depthwise(x, weight, bias, gelu)
@@ -195,6 +195,7 @@ def residual_branch(
         BackendError: the backend named can't run; every reason is listed.
     """
     check_branch(x, y, gamma, keep)
+    keep = None if keep is None else keep.detach()
     name = dispatch.choose(backend, x)
     if name == "reference" or (gamma is None and keep is None):
         return reference.residual_branch(x, y, gamma, keep)

@@ -161,8 +161,10 @@ def check_branch(x: Any, y: Any, gamma: Any, keep: Any) -> None:
             check_matching(tensor, name, x, (count,))
 
 
-def check_depthwise(x: Any, weight: Any, bias: Any) -> None:
-    """That pixels x have a weight (C, 1, 3, 3) and a bias (C,) or None."""
+def check_depthwise(x: Any, weight: Any, bias: Any, gelu: Any) -> None:
+    """That pixels x have a weight (C, 1, 3, 3) and a bias (C,) or None, and that gelu is a bool."""
+    if not isinstance(gelu, bool):
+        raise TypeError(f"gelu: expected a bool, got {gelu!r} of type {type(gelu).__name__}")
     check_pixels(x)
     check_matching(weight, "weight", x, (x.shape[1], 1, 3, 3))
     if bias is not None:

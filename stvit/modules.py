@@ -7,13 +7,14 @@ Every module takes (B, C, H, W) in either memory format and answers in the same 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch, functional
-from .geometry import Association, check_pixels, is_channels_last, memory_format, stoken_pair
+from .geometry import check_pixels, is_channels_last, memory_format, stoken_pair
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -29,13 +30,10 @@ class LayerNorm2d(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.backend = dispatch.check_backend(backend)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.channel_layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps, self.backend)
-
-    def and_skip(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(self(x), x), the latter for the skip connection: its gradient is added inside the norm's backward."""
-        norm = self.norm
-        return functional.channel_layer_norm_and_skip(x, norm.weight, norm.bias, norm.eps, self.backend)
+    def forward(self, x: Tensor, and_skip: bool = False) -> Any:
+        """y, or with `and_skip` (y, x), the latter for the skip connection: the norm's backward adds its gradient."""
+        run = functional.channel_layer_norm_and_skip if and_skip else functional.channel_layer_norm
+        return run(x, self.norm.weight, self.norm.bias, self.norm.eps, self.backend)
 
 
 class ResidualDepthwise(nn.Module):
@@ -236,39 +234,37 @@ class StokenAttention(nn.Module):
                 nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 5, padding=2, groups=dim), nn.Conv2d(dim, dim, 1)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        self._check(x)
-        if self.stoken_size == (1, 1):
-            return self.stoken_refine(x)
-        stokens, association = self._sample(x)
-        return functional.token_upsampling(self.stoken_refine(stokens), association, self.backend)
-
-    def branch(self, x: Tensor, residual: Tensor, gamma: Tensor | None, drop_path: DropPath) -> Tensor:
-        """residual + drop_path(gamma * self(x)), the whole branch of a block; gamma (C,) or None.
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        gamma: Tensor | None = None,
+        drop_path: DropPath | None = None,
+    ) -> Tensor:
+        """Attention of x; with a residual the whole branch of a block, residual + drop_path(gamma * attention of x).
 
         Upsampling is linear, so drop-path scales the super tokens, few as they are, and the residual is added where the
-        pixels are written. Not so with LayerScale, which may make the branch, and the sum, float32 under autocast.
+        pixels are written. Not so with LayerScale (gamma (C,)), which may make the sum float32 under autocast.
         """
-        if gamma is not None or self.stoken_size == (1, 1):
-            y = self(x)
-            return functional.residual_branch(residual, y, gamma, drop_path.factors(y, gamma), self.backend)
-        self._check(x)
-        stokens, association = self._sample(x)
-        stokens = self.stoken_refine(stokens)
-        keep = drop_path.factors(stokens)
-        if keep is not None:
-            stokens = stokens * keep.view(-1, 1, 1, 1)
-        return functional.token_upsampling(stokens, association, self.backend, residual=residual)
-
-    def _check(self, x: Tensor) -> None:
         check_pixels(x)
         if x.shape[1] != self.dim:
             raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")
+        if residual is not None and (gamma is not None or self.stoken_size == (1, 1)):
+            y = self._attend(x)
+            keep = None if drop_path is None else drop_path.factors(y, gamma)
+            return functional.residual_branch(residual, y, gamma, keep, self.backend)
+        return self._attend(x, residual, drop_path)
 
-    def _sample(self, x: Tensor) -> tuple[Tensor, Association]:
-        return functional.super_token_sampling(
+    def _attend(self, x: Tensor, residual: Tensor | None = None, drop_path: DropPath | None = None) -> Tensor:
+        if self.stoken_size == (1, 1):
+            return self.stoken_refine(x)
+        stokens, association = functional.super_token_sampling(
             x, self.stoken_size, self.n_iter, self.scale, self.association_grad, self.backend
         )
+        stokens = self.stoken_refine(stokens)
+        if drop_path is not None:
+            stokens = drop_path(stokens)
+        return functional.token_upsampling(stokens, association, self.backend, residual=residual)
 
     def extra_repr(self) -> str:
         return (
@@ -332,8 +328,8 @@ class SuperTokenBlock(nn.Module):
             self.register_parameter(name, gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, x = self.norm1.and_skip(self.pos_embed(x))
+        y, x = self.norm1(self.pos_embed(x), and_skip=True)
         gamma_1, gamma_2 = (None if g is None else g.view(-1) for g in (self.gamma_1, self.gamma_2))
-        x = self.attn.branch(y, x, gamma_1, self.drop_path)
+        x = self.attn(y, x, gamma_1, self.drop_path)
         y = self.mlp2(self.norm2(x))
         return functional.residual_branch(x, y, gamma_2, self.drop_path.factors(y, gamma_2), self.backend)

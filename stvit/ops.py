@@ -51,11 +51,20 @@ def kernels(backend: str, op: str) -> ModuleType:
     return importlib.import_module(f"{KERNELS[backend]}.{op}")
 
 
+def _refuse_second(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("kernels of stvit have no second derivative: use backend='reference' for a double backward")
+
+
 def register(name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Defines the op stvit::name for every device; backends are told apart by its last argument."""
+    """Defines the op stvit::name for every device; backends are told apart by its last argument.
+
+    The gradient of a backward is an error, not a result that leaves the op out.
+    """
     torch.library.define(f"stvit::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"stvit::{name}", "default", implementation)
     torch.library.register_fake(f"stvit::{name}", fake)
+    if "backward" in name:
+        torch.library.register_autograd(f"stvit::{name}", _refuse_second)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -132,5 +132,5 @@ def residual_branch(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | N
     if gamma is not None:
         y = gamma.view(1, -1, 1, 1) * y
     if keep is not None:
-        y = y * keep.view(-1, 1, 1, 1)
+        y = (y * keep.view(-1, 1, 1, 1)).to(y.dtype)
     return x + y

@@ -172,6 +172,7 @@ LISTED = [case for case in LISTED if case.dtype in DTYPES]
 SMALL = {"batch": (1, 2), "channels": (1, 8), "h": (1, 4), "w": (1, 4), "gh": (1, 2), "gw": (1, 3)}
 LARGE = {"batch": (0, 3), "channels": (1, 200), "h": (1, 16), "w": (1, 16), "gh": (1, 6), "gw": (1, 6)}
 
+TOKENS = 40  # super tokens of all images and rounds that a drawn case has at most, but for its smallest batch
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking takes minutes in the interpreter
 
@@ -182,10 +183,13 @@ def cases(draw: st.DrawFn, rounds: int = 3) -> Case:
     large = draw(st.sets(st.sampled_from(sorted(LARGE)), max_size=3))
     size = {name: draw(st.integers(*(LARGE if name in large else SMALL)[name])) for name in SMALL}
     h, w = size["h"], size["w"]
+    # Many super tokens leave room for fewer rounds, and both for fewer images.
+    n_iter = draw(st.integers(1, max(1, min(rounds, TOKENS // (size["gh"] * size["gw"])))))
+    batch = min(size["batch"], max(1, TOKENS // (size["gh"] * size["gw"] * n_iter)))
     return Case(
-        size["batch"], size["channels"],
+        batch, size["channels"],
         size["gh"] * h - draw(st.integers(0, h - 1)), size["gw"] * w - draw(st.integers(0, w - 1)), (h, w),
-        dtype=draw(st.sampled_from(DTYPES)), full=draw(st.booleans()), n_iter=draw(st.integers(1, rounds)),
+        dtype=draw(st.sampled_from(DTYPES)), full=draw(st.booleans()), n_iter=n_iter,
         layout=draw(st.sampled_from(sorted(LAYOUTS))), grad_layout=draw(st.sampled_from(sorted(LAYOUTS))),
         run=draw(st.none() | st.integers(1, size["gw"])), seed=draw(st.integers(0, 2**16)),
     )  # fmt: skip

@@ -53,7 +53,7 @@ def test_listed_cases(case: Case, device: str) -> None:
 
 
 @given(case=cases())
-@settings(max_examples=60, phases=PHASES)
+@settings(max_examples=50, phases=PHASES)
 def test_drawn_cases(case: Case, device: str) -> None:
     check(case, device)
 
