@@ -109,7 +109,11 @@ def test_a_step_out_of_time_is_stopped_with_its_children(tmp_path, monkeypatch):
 
 def test_a_step_is_asked_to_stop_first(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "GRACE", 4.0)
-    program = "import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('kept')"
+    program = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job inherits it ignored
+        "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('kept')"
+    )
     row = Stage("ops", tmp_path, CPU, limit=7.0).step("polite", [sys.executable, "-c", program])
     assert row["status"] == "timed out" and row["exit"] == 0 and "kept" in row["tail"]
 

@@ -352,6 +352,7 @@ def test_ctrl_c(photos, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoint.pth").exists() and time.monotonic() < deadline and child.poll() is None:

@@ -7,7 +7,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from stvit.train.cli import build_parser, parse_args
-from stvit.train.data import ShardSampler
+from stvit.train.data import ShardSampler, build_transform
 from stvit.train.distributed import Process
 from stvit.train.folders import Folder, INaturalist, find_classes
 from stvit.train.log import JsonLines
@@ -49,6 +49,14 @@ def test_a_class_without_test_images_keeps_the_training_indices(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     classes = find_classes(tmp_path / "train")
     assert Folder(tmp_path / "val", classes, None).targets == [2, 2]
+
+
+def test_every_augmentation_runs_at_its_strongest():
+    """timm asks Pillow for 0 bits of colour here, which Pillow 13 refuses: a run would end at a random step."""
+    args = parse_args(["--aa", "rand-m10-n15-mstd0-inc1-p1.0", "--input-size", "32"])
+    augment = build_transform(args, True)
+    for _ in range(40):
+        assert augment(Image.new("RGB", (40, 40), (10, 200, 90))).shape == (3, 32, 32)
 
 
 def test_inaturalist(tmp_path):
