@@ -1,0 +1,66 @@
+// How a call is carried out, decided from its shape alone: plain C++, so that `python -m stvit.info` can explain it on
+// any machine.
+#pragma once
+
+#include <cstdint>
+
+namespace stvit {
+
+enum class Type { half, bfloat16, single, twofold };  // fp16, bf16, fp32, fp64
+
+// What happens to the products P = pixel . super token of a pixel with its 9 neighbours.
+enum class Map {
+  associate,      // weights = softmax(scale P), stored; they are what is summed with
+  weighted,       // no products; the weights given are summed with
+  products,       // P is stored; the weights given are summed with
+  differentiate,  // dA = grad + P - offset, dlogit = A (dA - sum A dA), stored; dlogit is summed with
+};
+
+struct Shape {
+  int64_t batch, channels, height, width;
+  int h, w;    // tile
+  int gh, gw;  // grid
+};
+
+// Limits of a GPU: multiprocessors, and bytes of shared memory that one block can have.
+struct Limits {
+  int multiprocessors, shared_bytes;
+};
+Limits current_limits();
+
+// What a call of pixels_to_tokens asks of its kernel.
+struct Task {
+  Map map;
+  bool pool = false;  // associate: super tokens are not given
+  bool grad = false;  // differentiate: a gradient of the weights is given
+  bool vectors;       // pixels are 16-bit numbers that can be moved eight at a time
+};
+
+// The fast kernel of pixels_to_tokens (walk.cuh): a block of threads walks over the tiles of one region of an image,
+// `group` tiles at a time. `fits` is false where it can't run and the general kernels do.
+struct Walk {
+  bool fits = false;
+  bool pools = false;         // the walk pools too: x is read once, but for halos. Else pooling is a pass of its own
+  int rows = 0, columns = 0;  // super tokens of a region; it also walks the tiles around them
+  int group = 0;
+  int ahead = 0;              // groups being copied to shared memory while one is worked on
+  int64_t regions = 0;        // blocks of threads
+  double reads = 0;           // how often pixels are read, halos and a pass of pooling included
+
+  // Shared memory, in this order; rows of pixels and super tokens are padded so that matrix loads meet no bank twice.
+  int stride = 0;             // elements of a row of pixels or super tokens
+  int pixels = 0;             // pixels of a tile, rounded up to whole matrices of 16
+  int known_columns = 0;      // columns of super tokens kept, of 4 rows of the grid
+  int slots = 0;              // groups kept
+  int weight_row = 0;         // bytes of a tile row's weights as copied, 16-byte aligned at both ends
+  int64_t slot_bytes = 0, tokens_bytes = 0, sums_bytes = 0, masses_bytes = 0, weights_bytes = 0;
+  int64_t shared_bytes = 0;
+};
+Walk plan(const Task&, const Shape&, const Limits&);
+
+constexpr int WALK_WARPS = 8;
+constexpr int WALK_CHANNELS = 512;    // at most
+constexpr int WALK_TILE = 1024;       // pixels at most
+constexpr int WEIGHTS_STRIDE = 24;    // elements of a pixel's row of 16 weights in shared memory
+
+}  // namespace stvit

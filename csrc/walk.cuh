@@ -1,0 +1,485 @@
+// Pixels to super tokens for 16-bit numbers: the products at the 3 x 3 pattern, the map on them, and the sums.
+//
+// A block of threads walks over the tiles of one region of an image, row by row, a group of tiles at a time. Groups
+// arrive in shared memory by asynchronous copies; each is read from device memory once and there serves pooling,
+// products and sums. A group can be weighed once the super tokens around it are known: where the walk pools them itself,
+// that is a row and a group later, so shared memory holds one row of tiles and little more, not two.
+//
+// A step has two phases between barriers:
+//   1. pool the group that has arrived; add the group weighed in the step before to the sums
+//   2. start the next copy; weigh: products, map, weights into shared memory
+// In 2. a warp owns pixels, 16 at a time; in 1. it owns channels, 8 at a time, of all pixels. So sums stay in the
+// registers of one warp from tile to tile, in a fixed order, without atomics: 16 slots, slot s holding row s / 3 - 1 of
+// the tile's neighbourhood and the super token in column c with (c + 1) % 3 = s % 3. A step to the right frees the three
+// slots of the column that it leaves, which are added to three rows of sums in shared memory; a row that has been met by
+// three rows of tiles is written out.
+//
+// Bytes, X those of the pixels and A = 9/C X those of the weights: read 1 X, and those of A that the map takes; write
+// those that it makes. Regions other than whole images read the tiles around them too: plan.h, `reads`.
+#pragma once
+
+#include <gpu.cuh>
+
+#include "launch.h"
+
+namespace stvit {
+
+// n / d by one multiplication, exact for n d < 2^32.
+struct Divisor {
+  uint32_t d = 1, magic = 0;
+  Divisor() = default;
+  explicit Divisor(int64_t d) : d(uint32_t(d)), magic(d == 1 ? 0 : uint32_t(0xffffffffu / d + 1)) {}
+  __device__ int quotient(int n) const { return d == 1 ? n : int((uint64_t(uint32_t(n)) * magic) >> 32); }
+};
+
+struct WalkArguments {
+  PixelsToTokens call;
+  Walk walk;
+  int row_regions, column_regions;
+  Divisor vectors, tile, width, slots, weight_chunks;  // vectors of a pixel; pixels of a tile, and of a row of it; ...
+};
+
+template <typename T, Map MAP, bool POOLS, int BLOCKS>
+struct Walker {
+  static constexpr bool GIVEN = MAP != Map::associate;  // the weights are given
+  static constexpr bool TOKENS = MAP != Map::weighted;  // there are products
+  static constexpr int THREADS = 32 * WALK_WARPS;
+
+  const WalkArguments& a;
+  const PixelsToTokens& call;
+  const Walk& walk;
+  const Shape& shape;
+
+  const int thread, warp, lane;
+  const int r, q;  // place in a matrix fragment: row r and r + 8, column q and q + 1
+  char* const shared;
+  char* const tokens;
+  float* const totals;
+  float* const masses;
+  T* const weights;
+
+  int64_t image;
+  int first_row, end_row, first_column, end_column;  // super tokens that the region owns
+  int walked_row, walked_end, column0, column_end;   // tiles that it walks over
+  int loaded_row, loaded_end;                        // rows of tiles that it copies, for pooling too
+  int known0;                                        // first column of super tokens kept
+  int groups_of_row, groups, lag;
+
+  float sums[BLOCKS][4];
+  float mass[4];
+
+  __device__ Walker(const WalkArguments& arguments, int64_t region)
+      : a(arguments), call(a.call), walk(a.walk), shape(a.call.shape),
+        thread(threadIdx.x), warp(thread / 32), lane(thread % 32), r(lane / 4), q(lane % 4 * 2),
+        shared(gpu::shared_memory()),
+        tokens(shared + walk.slots * walk.slot_bytes),
+        totals(reinterpret_cast<float*>(tokens + walk.tokens_bytes)),
+        masses(reinterpret_cast<float*>(tokens + walk.tokens_bytes + walk.sums_bytes)),
+        weights(reinterpret_cast<T*>(tokens + walk.tokens_bytes + walk.sums_bytes + walk.masses_bytes)) {
+    image = region / (a.row_regions * a.column_regions);
+    const int place = int(region % (a.row_regions * a.column_regions));
+    first_row = place / a.column_regions * walk.rows;
+    end_row = min(first_row + walk.rows, shape.gh);
+    first_column = place % a.column_regions * walk.columns;
+    end_column = min(first_column + walk.columns, shape.gw);
+    walked_row = max(first_row - 1, 0);
+    walked_end = min(end_row + 1, shape.gh);
+    column0 = max(first_column - 1, 0);
+    column_end = min(end_column + 1, shape.gw);
+    loaded_row = POOLS ? max(walked_row - 1, 0) : walked_row;
+    loaded_end = POOLS ? min(walked_end + 1, shape.gh) : walked_end;
+    known0 = max(column0 - 1, 0);
+    groups_of_row = (column_end - column0 + walk.group - 1) / walk.group;
+    groups = (loaded_end - loaded_row) * groups_of_row;
+    lag = POOLS ? groups_of_row + 1 : 0;
+    clear_sums();
+  }
+
+  static __device__ int min(int x, int y) { return x < y ? x : y; }
+  static __device__ int max(int x, int y) { return x > y ? x : y; }
+
+  __device__ int row_of(int group) const { return loaded_row + group / groups_of_row; }
+  __device__ int column_of(int group) const { return column0 + group % groups_of_row * walk.group; }
+  __device__ int tiles_of(int group) const { return min(walk.group, column_end - column_of(group)); }
+  __device__ bool walked(int group) const {
+    return group >= 0 && group < groups && row_of(group) >= walked_row && row_of(group) < walked_end;
+  }
+  __device__ bool owned(int row, int column) const {
+    return row >= first_row && row < end_row && column >= first_column && column < end_column;
+  }
+
+  // Shared memory of a group: pixels [tile][pixel][channel], then the weights given as copied, then their gradient.
+  __device__ char* slot(int group) const { return shared + (group - a.slots.quotient(group) * walk.slots) * walk.slot_bytes; }
+  __device__ T* pixel(char* slot, int tile, int p) const {
+    return reinterpret_cast<T*>(slot) + (tile * walk.pixels + p) * walk.stride;
+  }
+  __device__ char* weight_row(char* slot, int grad, int tile, int y) const {
+    return slot + (walk.group * walk.pixels * walk.stride) * 2 +
+           ((grad * walk.group + tile) * shape.h + y) * walk.weight_row;
+  }
+  // Channels of a super token; zeros outside the grid.
+  __device__ T* token(int row, int column) const {
+    const bool inside = row >= 0 && row < shape.gh && column >= 0 && column < shape.gw;
+    const int place = inside ? (row & 3) * walk.known_columns + column - known0 : 4 * walk.known_columns;
+    return reinterpret_cast<T*>(tokens) + place * walk.stride;
+  }
+  __device__ float* total(int row, int column, int channel) const {
+    return totals + ((row % 3) * walk.columns + column - first_column) * (walk.stride - 8) + channel;
+  }
+  __device__ float* total_mass(int row, int column) const {
+    return masses + (warp * 3 + row % 3) * walk.columns + column - first_column;
+  }
+  // First of the 9 weights of a pixel in device memory.
+  __device__ int64_t weight(int64_t y, int64_t x) const { return ((image * shape.height + y) * shape.width + x) * 9; }
+
+  __device__ void run() {
+    for (int64_t i = thread; i < walk.shared_bytes / 16; i += THREADS) reinterpret_cast<int4*>(shared)[i] = int4{0, 0, 0, 0};
+    gpu::barrier();
+    for (int group = 0; group < walk.ahead; ++group) copy(group);
+    for (int step = 0; step <= groups + lag; ++step) {
+      arrive();
+      gpu::barrier();
+      const int group = step - lag;
+      if (POOLS && step < groups) pool(step);
+      if (walked(group - 1)) add(group - 1);
+      if (TOKENS && !POOLS && walked(group)) load_tokens(group);
+      gpu::barrier();
+      copy(step + walk.ahead);
+      if (walked(group)) weigh(group);
+    }
+  }
+
+  // Waits for the oldest group that is being copied.
+  __device__ void arrive() const {
+    if (walk.ahead == 1) gpu::wait<0>();
+    if (walk.ahead == 2) gpu::wait<1>();
+    if (walk.ahead == 3) gpu::wait<2>();
+  }
+
+  // Starts the copies of a group; zeros for pixels outside the image.
+  __device__ void copy(int group) const {
+    if (group < groups) {
+      char* to = slot(group);
+      copy_pixels(to, row_of(group), column_of(group), tiles_of(group));
+      if (GIVEN) copy_weights(to, 0, call.weights, row_of(group), column_of(group), tiles_of(group));
+      if (GIVEN && call.grad) copy_weights(to, 1, call.grad, row_of(group), column_of(group), tiles_of(group));
+    }
+    gpu::commit();
+  }
+
+  __device__ void copy_pixels(char* to, int row, int column, int tiles) const {
+    const View& view = call.pixels;
+    const T* from = static_cast<const T*>(view.data) + image * view.image;
+    for (int i = thread; i < tiles * shape.h * shape.w * int(a.vectors.d); i += THREADS) {
+      const int place = a.vectors.quotient(i), vector = i - place * int(a.vectors.d);
+      const int tile = a.tile.quotient(place), p = place - tile * int(a.tile.d);
+      const int line = a.width.quotient(p);
+      const int64_t y = int64_t(row) * shape.h + line, x = int64_t(column + tile) * shape.w + p - line * shape.w;
+      const bool inside = y < shape.height && x < shape.width;
+      gpu::copy_async(pixel(to, tile, p) + vector * 8,
+                      inside ? from + y * view.row + x * view.column + vector * 8 : from, inside ? 16 : 0);
+    }
+  }
+
+  // The weights of a tile's row begin at any even byte: copied are the 16-byte pieces that they touch.
+  __device__ void copy_weights(char* to, int grad, const void* given, int row, int column, int tiles) const {
+    const char* from = static_cast<const char*>(given);
+    const int chunks = int(a.weight_chunks.d);
+    for (int i = thread; i < tiles * shape.h * chunks; i += THREADS) {
+      const int place = a.weight_chunks.quotient(i), chunk = i - place * chunks;
+      const int tile = place / shape.h, line = place - tile * shape.h;
+      const int64_t y = int64_t(row) * shape.h + line, x = int64_t(column + tile) * shape.w;
+      const int64_t seen = x + shape.w < shape.width ? shape.w : shape.width - x;
+      const int64_t begin = weight(y, x) * 2 / 16 * 16 + chunk * 16;
+      const int64_t bytes = y < shape.height ? (weight(y, x) + seen * 9) * 2 - begin : 0;
+      gpu::copy_async(weight_row(to, grad, tile, line) + chunk * 16, bytes > 0 ? from + begin : from,
+                      bytes <= 0 ? 0 : bytes < 16 ? int(bytes) : 16);
+    }
+  }
+
+  // Means over the tiles of a group, as products with ones.
+  __device__ void pool(int group) const {
+    const T one = gpu::narrow<T>(1);
+    const uint32_t ones[4] = {gpu::pack(one, one), gpu::pack(one, one), gpu::pack(one, one), gpu::pack(one, one)};
+    const int row = row_of(group);
+    for (int tile = 0; tile < tiles_of(group); ++tile)
+      for (int block = 0; block < BLOCKS; ++block) {
+        const int channel = (warp + block * WALK_WARPS) * 8;
+        if (channel >= shape.channels) break;
+        float sum[4] = {0, 0, 0, 0};
+        for (int p = 0; p < walk.pixels; p += 16) {
+          uint32_t b[2];
+          gpu::load_two_matrices_transposed(b, pixel(slot(group), tile, p + lane % 16) + channel);
+          gpu::multiply_add<T>(sum, ones, b[0], b[1]);
+        }
+        if (r != 0) continue;
+        const int column = column_of(group) + tile;
+        const float count = float(shape.h * shape.w);
+        const uint32_t mean = gpu::pack(gpu::narrow<T>(sum[0] / count), gpu::narrow<T>(sum[1] / count));
+        *reinterpret_cast<uint32_t*>(token(row, column) + channel + q) = mean;
+        if (owned(row, column)) {
+          T* pooled = static_cast<T*>(call.pooled) + ((image * shape.gh + row) * shape.gw + column) * shape.channels;
+          gpu::store(reinterpret_cast<uint32_t*>(pooled + channel + q), mean);
+        }
+      }
+  }
+
+  // Super tokens given: the row below, at the start of a row of tiles; at the start of the walk also those above.
+  __device__ void load_tokens(int group) const {
+    if (column_of(group) != column0) return;
+    const int row = row_of(group);
+    for (int near = row == walked_row ? row - 1 : row + 1; near <= row + 1; ++near)
+      if (near >= 0 && near < shape.gh) load_token_row(near);
+  }
+
+  __device__ void load_token_row(int row) const {
+    const View& view = call.tokens;
+    const T* from = static_cast<const T*>(view.data) + image * view.image + row * view.row;
+    const int columns = min(column_end + 1, shape.gw) - known0, channels = int(shape.channels);
+    for (int i = thread; i < columns * channels; i += THREADS) {
+      const int column = known0 + i / channels, channel = i % channels;
+      T value = gpu::load(from + column * view.column + channel * view.channel);
+      if (MAP == Map::differentiate) value = gpu::narrow<T>(gpu::widen(value) / (mass_of(row, column) + 1e-12f));
+      token(row, column)[channel] = value;
+    }
+  }
+  __device__ float mass_of(int row, int column) const {
+    return gpu::load(static_cast<const float*>(call.mass) + (image * shape.gh + row) * shape.gw + column);
+  }
+
+  // Weights of a group's pixels, [pixel][slot] in shared memory: a warp takes 16 pixels of a tile at a time.
+  __device__ void weigh(int group) const {
+    const int parts = walk.pixels / 16;
+    for (int part = warp; part < tiles_of(group) * parts; part += WALK_WARPS) {
+      const int tile = part / parts, first = part % parts * 16;
+      float logits[2][4] = {};  // of slots 0-7, 8-15
+      if (TOKENS) multiply(logits, slot(group), tile, first, row_of(group), column_of(group) + tile);
+      for (int half = 0; half < 2; ++half) {
+        float products[3] = {logits[0][2 * half], logits[0][2 * half + 1], logits[1][2 * half]};
+        weigh_pixel(products, group, tile, first + r + 8 * half);
+      }
+    }
+  }
+
+  // Products of 16 pixels with the super tokens of the 16 slots, of which 9 are in use.
+  __device__ void multiply(float (&products)[2][4], char* slot, int tile, int first, int row, int column) const {
+    const T* a_row = pixel(slot, tile, first + lane / 8 % 2 * 8 + lane % 8) + lane / 16 * 8;
+    const T* b_row = slot_token(lane / 16 * 8 + lane % 8, row, column) + lane / 8 % 2 * 8;
+    for (int channel = 0; channel < shape.channels; channel += 16) {
+      uint32_t pixels[4], near[4];
+      gpu::load_matrices(pixels, a_row + channel);
+      gpu::load_matrices(near, b_row + channel);
+      gpu::multiply_add<T>(products[0], pixels, near[0], near[1]);
+      gpu::multiply_add<T>(products[1], pixels, near[2], near[3]);
+    }
+  }
+
+  // The neighbour k = 3 up + left that a slot holds at a tile of this column; slots from 9 on are empty.
+  static __device__ int left_of(int slot, int column) { return (slot % 3 + 3 - column % 3) % 3; }
+  static __device__ int neighbour(int slot, int column) { return slot / 3 * 3 + left_of(slot, column); }
+  __device__ const T* slot_token(int slot, int row, int column) const {
+    return slot < 9 ? token(row + slot / 3 - 1, column + left_of(slot, column) - 1) : token(-1, 0);
+  }
+
+  // Slots q, q + 1 and 8 of one pixel p of a tile; the four lanes of its row share the pixel, the first has slot 8.
+  __device__ void weigh_pixel(float (&products)[3], int group, int tile, int p) const {
+    const int column = column_of(group) + tile, line = a.width.quotient(p), in_line = p - line * shape.w;
+    const int64_t y = int64_t(row_of(group)) * shape.h + line, x = int64_t(column) * shape.w + in_line;
+    const bool real = p < shape.h * shape.w, seen = real && y < shape.height && x < shape.width;
+    const int slots[3] = {q, q + 1, 8};
+    const int count = q == 0 ? 3 : 2;
+
+    T given[3] = {}, out[3], factor[3];
+    float extra[3] = {};
+    if (GIVEN && seen)
+      for (int i = 0; i < count; ++i) {
+        // Where the weights of the tile's row begin within the 16-byte pieces that were copied.
+        const int at = int(weight(y, x - in_line) % 8) + in_line * 9 + neighbour(slots[i], column);
+        given[i] = reinterpret_cast<const T*>(weight_row(slot(group), 0, tile, line))[at];
+        if (MAP == Map::differentiate && call.grad)
+          extra[i] = gpu::widen(reinterpret_cast<const T*>(weight_row(slot(group), 1, tile, line))[at]);
+      }
+    if (MAP == Map::associate) associate(products, count, factor);
+    if (MAP == Map::differentiate) differentiate(products, extra, given, count, row_of(group), column, factor);
+    for (int i = 0; i < 3; ++i) {
+      if (MAP == Map::weighted || MAP == Map::products) factor[i] = given[i];
+      out[i] = MAP == Map::products ? gpu::narrow<T>(products[i]) : factor[i];
+      if (!real) factor[i] = gpu::narrow<T>(0);
+    }
+
+    T* to = weights + (tile * walk.pixels + p) * WEIGHTS_STRIDE;
+    *reinterpret_cast<uint32_t*>(to + q) = gpu::pack(factor[0], factor[1]);
+    if (q == 0) to[8] = factor[2];
+    if (TOKENS && seen && owned(row_of(group), column))
+      for (int i = 0; i < count; ++i)
+        gpu::store(static_cast<T*>(call.out) + weight(y, x) + neighbour(slots[i], column), out[i]);
+  }
+
+  // Sum over the four lanes that share a pixel.
+  static __device__ float over_pixel(float x) {
+    x += gpu::shuffle_xor(x, 1);
+    return x + gpu::shuffle_xor(x, 2);
+  }
+
+  // Softmax; rounded once, so that sums, mass and backward all see the weights that are stored.
+  __device__ void associate(const float (&products)[3], int count, T (&factor)[3]) const {
+    const float scale = float(call.scale);
+    float most = fmaxf(products[0] * scale, products[1] * scale);
+    if (count == 3) most = fmaxf(most, products[2] * scale);
+    most = fmaxf(most, gpu::shuffle_xor(most, 1));
+    most = fmaxf(most, gpu::shuffle_xor(most, 2));
+    float shares[3] = {}, sum = 0;
+    for (int i = 0; i < count; ++i) sum += shares[i] = gpu::exponential(products[i] * scale - most);
+    sum = over_pixel(sum);
+    for (int i = 0; i < 3; ++i) factor[i] = gpu::narrow<T>(shares[i] / sum);
+  }
+
+  // dlogit = A (dA - sum A dA / sum A): rounded, nine weights near 0 and 1 sum to 1 only to a rounding.
+  __device__ void differentiate(const float (&products)[3], const float (&grad)[3], const T (&given)[3], int count,
+                                int row, int column, T (&factor)[3]) const {
+    const int slots[3] = {q, q + 1, 8};
+    float shares[3] = {}, slopes[3] = {}, sum = 0, mean = 0;
+    for (int i = 0; i < count; ++i) {
+      const int near_row = row + slots[i] / 3 - 1, near_column = column + left_of(slots[i], column) - 1;
+      const bool inside = near_row >= 0 && near_row < shape.gh && near_column >= 0 && near_column < shape.gw;
+      const int64_t place = (image * shape.gh + near_row) * shape.gw + near_column;
+      slopes[i] = grad[i] + products[i] - (inside ? gpu::load(static_cast<const float*>(call.offset) + place) : 0.f);
+      shares[i] = gpu::widen(given[i]);
+      sum += shares[i];
+      mean += shares[i] * slopes[i];
+    }
+    sum = over_pixel(sum);
+    mean = over_pixel(mean) / (sum == 0 ? 1 : sum);
+    for (int i = 0; i < 3; ++i) factor[i] = gpu::narrow<T>(shares[i] * (slopes[i] - mean));
+  }
+
+  // Adds weight^T x pixels of a group to the sums.
+  __device__ void add(int group) {
+    const int row = row_of(group), last = column_end - 1;
+    for (int tile = 0; tile < tiles_of(group); ++tile) {
+      const int column = column_of(group) + tile;
+      add_tile(slot(group), tile);
+      release(row, column - 1);
+      if (column == last) {
+        release(row, column);
+        release(row, column + 1);
+        gpu::warp_barrier();
+        if (row > first_row) finish(row - 1);
+        if (row == walked_end - 1) finish(row);
+        gpu::warp_barrier();
+      }
+    }
+  }
+
+  __device__ void add_tile(char* slot, int tile) {
+    const T one = gpu::narrow<T>(1);
+    for (int p = 0; p < walk.pixels; p += 16) {
+      uint32_t factor[4];
+      gpu::load_matrices_transposed(
+          factor, weights + (tile * walk.pixels + p + lane / 16 * 8 + lane % 8) * WEIGHTS_STRIDE + lane / 8 % 2 * 8);
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
+        const int channel = (warp + block * WALK_WARPS) * 8;
+        if (channel >= shape.channels) break;
+        uint32_t b[2];
+        gpu::load_two_matrices_transposed(b, pixel(slot, tile, p + lane % 16) + channel);
+        gpu::multiply_add<T>(sums[block], factor, b[0], b[1]);
+      }
+      if (MAP == Map::associate) gpu::multiply_add<T>(mass, factor, gpu::pack(one, one), gpu::pack(one, one));
+    }
+  }
+
+  __device__ void clear_sums() {
+    for (int block = 0; block < BLOCKS; ++block)
+      for (int i = 0; i < 4; ++i) sums[block][i] = 0;
+    for (int i = 0; i < 4; ++i) mass[i] = 0;
+  }
+
+  // The walk leaves the super tokens of `column` around a tile of `row`: their slots go to the totals and are freed.
+  __device__ void release(int row, int column) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int slot = r + 8 * half;
+      if (slot > 8 || slot % 3 != (column + 1) % 3) continue;
+      const int near = row + slot / 3 - 1;
+      const bool mine = owned(near, column);
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
+        const int channel = (warp + block * WALK_WARPS) * 8 + q;
+        float* to = total(near, column, channel);
+        for (int i = 0; i < 2; ++i) {
+          if (mine && channel < shape.channels) to[i] += sums[block][2 * half + i];
+          sums[block][2 * half + i] = 0;
+        }
+      }
+      if (MAP == Map::associate) {
+        if (mine && q == 0) *total_mass(near, column) += mass[2 * half];
+        mass[2 * half] = mass[2 * half + 1] = 0;
+      }
+    }
+  }
+
+  // Writes a row of super tokens that has met all its tiles, and frees its totals. A warp writes its own channels.
+  __device__ void finish(int row) {
+    if (row < first_row || row >= end_row) return;
+    const View& view = call.stokens;
+    T* to = static_cast<T*>(view.data) + image * view.image + row * view.row;
+    for (int column = first_column + r; column < end_column; column += 8) {
+      const float weight = MAP == Map::associate ? *total_mass(row, column) : 1.f;
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
+        const int channel = (warp + block * WALK_WARPS) * 8 + q;
+        if (channel >= shape.channels) break;
+        for (int i = 0; i < 2; ++i) {
+          float* sum = total(row, column, channel + i);
+          const float value = MAP == Map::associate ? *sum / (weight + 1e-12f) : *sum * float(call.scale);
+          gpu::store(to + column * view.column + (channel + i) * view.channel, gpu::narrow<T>(value));
+          *sum = 0;
+        }
+      }
+      if (MAP == Map::associate && warp == 0 && q == 0)
+        gpu::store(static_cast<float*>(call.mass) + (image * shape.gh + row) * shape.gw + column, weight);
+    }
+    gpu::warp_barrier();
+    if (MAP == Map::associate && q == 0)
+      for (int column = first_column + r; column < end_column; column += 8) *total_mass(row, column) = 0;
+  }
+};
+
+template <typename T, Map MAP, bool POOLS, int BLOCKS>
+__global__ void __launch_bounds__(32 * WALK_WARPS, 1) walk_kernel(const WalkArguments arguments) {
+  Walker<T, MAP, POOLS, BLOCKS>(arguments, blockIdx.x).run();
+}
+
+template <typename T, Map MAP, bool POOLS>
+void walk_channels(const WalkArguments& a, void* stream) {
+  const int64_t blocks = (a.call.shape.channels + 8 * WALK_WARPS - 1) / (8 * WALK_WARPS);
+  const auto run = [&](auto kernel) {
+    gpu::launch(kernel, a.walk.regions, 32 * WALK_WARPS, a.walk.shared_bytes, stream, a);
+  };
+  if (blocks <= 1) return run(walk_kernel<T, MAP, POOLS, 1>);
+  if (blocks == 2) return run(walk_kernel<T, MAP, POOLS, 2>);
+  if (blocks == 3) return run(walk_kernel<T, MAP, POOLS, 3>);
+  if (blocks == 4) return run(walk_kernel<T, MAP, POOLS, 4>);
+  run(walk_kernel<T, MAP, POOLS, WALK_CHANNELS / 8 / WALK_WARPS>);
+}
+
+// Runs a plan that fits, on 16-bit numbers. Each map is compiled in a file of its own: walk_<map>.cu.
+template <Map MAP, bool POOLS = false>
+void run_walk(const PixelsToTokens& call, const Walk& walk, void* stream) {
+  WalkArguments a;
+  a.call = call;
+  a.walk = walk;
+  const Shape& shape = call.shape;
+  a.row_regions = (shape.gh + walk.rows - 1) / walk.rows;
+  a.column_regions = (shape.gw + walk.columns - 1) / walk.columns;
+  a.vectors = Divisor(shape.channels / 8);
+  a.tile = Divisor(shape.h * shape.w);
+  a.width = Divisor(shape.w);
+  a.slots = Divisor(walk.slots);
+  a.weight_chunks = Divisor(walk.weight_row / 16);
+  if (call.type == Type::half) walk_channels<gpu::half, MAP, POOLS>(a, stream);
+  if (call.type == Type::bfloat16) walk_channels<gpu::bfloat16, MAP, POOLS>(a, stream);
+}
+
+}  // namespace stvit
