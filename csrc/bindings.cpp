@@ -96,7 +96,8 @@ Sampled sample(const Tensor& x, const Tensor* tokens, Tensor& pooled, const Shap
   return {stokens, weights, mass};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sampling(const Tensor& x, int64_t h, int64_t w, int64_t n_iter, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sampling(const Tensor& x, int64_t h, int64_t w, int64_t n_iter,
+                                                    double scale) {
   const CUDAGuard guard(x.device());
   TORCH_CHECK_VALUE(n_iter > 0, "n_iter: expected at least 1, got ", n_iter);
   const Shape shape = shape_of(x, h, w);
@@ -115,7 +116,8 @@ Tensor sampling_backward(const Tensor& grad_stokens, const Tensor& weights, cons
   const CUDAGuard guard(grad_stokens.device());
   const Tensor given = by_pixel(weights);
   Tensor grad_x = empty_image(grad_stokens, grad_stokens.size(1), weights.size(2), weights.size(3), channels_last);
-  TokensToPixels call{type_of(grad_stokens.scalar_type()), shape_of(grad_x, h, w), view(grad_stokens), given.data_ptr()};
+  TokensToPixels call{type_of(grad_stokens.scalar_type()), shape_of(grad_x, h, w), view(grad_stokens),
+                      given.data_ptr()};
   call.mass = mass.data_ptr();
   call.pixels = view(grad_x);
   call.pixels_type = call.type;
@@ -141,7 +143,8 @@ Tensor differentiate(const Tensor& x, const Tensor& tokens, const Sampled& sampl
 
   const Tensor means = pools ? grad_tokens.permute({0, 2, 3, 1}).contiguous() : Tensor();
   Tensor grad_x = empty_image(x, shape.channels, shape.height, shape.width, is_channels_last(x));
-  TokensToPixels back{call.type, shape, view(grad), weights.data_ptr(), mass.data_ptr(), view(tokens), dlogit.data_ptr(), scale};
+  TokensToPixels back{call.type,       shape,        view(grad),        weights.data_ptr(),
+                      mass.data_ptr(), view(tokens), dlogit.data_ptr(), scale};
   if (pools) back.means = means.data_ptr();
   back.pixels = view(grad_x);
   back.pixels_type = back.type;
@@ -261,17 +264,22 @@ pybind11::dict plan_of(int map, bool pool, bool grad, int64_t batch, int64_t cha
 }  // namespace stvit
 
 TORCH_LIBRARY(stvit_cuda, m) {
-  m.def("sampling(Tensor x, int h, int w, int n_iter, float scale)"
-        " -> (Tensor stokens, Tensor weights, Tensor mass, Tensor pooled)");
-  m.def("sampling_backward(Tensor grad_stokens, Tensor weights, Tensor mass, int h, int w, bool channels_last)"
-        " -> Tensor grad_x");
-  m.def("sampling_backward_full(Tensor? grad_stokens, Tensor? grad_weights, Tensor x, Tensor stokens, Tensor pooled,"
-        " Tensor weights, Tensor mass, int h, int w, int n_iter, float scale) -> Tensor grad_x");
-  m.def("upsampling(Tensor stokens, Tensor weights, int h, int w, bool channels_last, Tensor? residual=None)"
-        " -> Tensor y");
+  m.def(
+      "sampling(Tensor x, int h, int w, int n_iter, float scale)"
+      " -> (Tensor stokens, Tensor weights, Tensor mass, Tensor pooled)");
+  m.def(
+      "sampling_backward(Tensor grad_stokens, Tensor weights, Tensor mass, int h, int w, bool channels_last)"
+      " -> Tensor grad_x");
+  m.def(
+      "sampling_backward_full(Tensor? grad_stokens, Tensor? grad_weights, Tensor x, Tensor stokens, Tensor pooled,"
+      " Tensor weights, Tensor mass, int h, int w, int n_iter, float scale) -> Tensor grad_x");
+  m.def(
+      "upsampling(Tensor stokens, Tensor weights, int h, int w, bool channels_last, Tensor? residual=None)"
+      " -> Tensor y");
   m.def("upsampling_backward(Tensor grad_y, Tensor weights, int h, int w, bool channels_last) -> Tensor grad_stokens");
-  m.def("upsampling_backward_full(Tensor grad_y, Tensor stokens, Tensor weights, int h, int w)"
-        " -> (Tensor grad_stokens, Tensor grad_weights)");
+  m.def(
+      "upsampling_backward_full(Tensor grad_y, Tensor stokens, Tensor weights, int h, int w)"
+      " -> (Tensor grad_stokens, Tensor grad_weights)");
 }
 
 TORCH_LIBRARY_IMPL(stvit_cuda, STVIT_DISPATCH_KEY, m) {

@@ -56,14 +56,14 @@ struct TokensToPixels {
   Shape shape;
   View tokens;
   const void* weights;
-  const void* mass = nullptr;      // divides the super tokens, in the accumulator's type
-  View tokens2;                    // with weights2: a second sum, times scale2
+  const void* mass = nullptr;  // divides the super tokens, in the accumulator's type
+  View tokens2;                // with weights2: a second sum, times scale2
   const void* weights2 = nullptr;
   double scale2 = 0;
-  const void* means = nullptr;     // (B, gh, gw, C): adds means / (h w) of the pixel's tile, the backward of pooling
-  View residual;                   // added where it has data; of residual_type
+  const void* means = nullptr;  // (B, gh, gw, C): adds means / (h w) of the pixel's tile, the backward of pooling
+  View residual;                // added where it has data; of residual_type
   Type residual_type = Type::half;
-  View pixels;                     // written; of pixels_type
+  View pixels;  // written; of pixels_type
   Type pixels_type = Type::half;
 };
 void tokens_to_pixels(const TokensToPixels&, void* stream);

@@ -174,8 +174,9 @@ __global__ void __launch_bounds__(THREADS) sum_kernel(const PixelsToTokens call,
   }
   const View& out = call.stokens;
   const S value = MAP == Map::associate ? sum / (mass + S(1e-12)) : sum * S(call.scale);
-  gpu::store(static_cast<T*>(out.data) + image * out.image + row * out.row + column * out.column + channel * out.channel,
-             gpu::narrow<T>(value));
+  gpu::store(
+      static_cast<T*>(out.data) + image * out.image + row * out.row + column * out.column + channel * out.channel,
+      gpu::narrow<T>(value));
   if (MAP == Map::associate && channel == 0) gpu::store(static_cast<S*>(call.mass) + token, mass);
 }
 

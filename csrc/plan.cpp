@@ -20,13 +20,17 @@ void lay_out(Walk& walk, const Task& task, const Shape& shape) {
   walk.slots = 1 + walk.ahead + (walk.pools ? groups_of_row + 1 : 0);
   walk.weight_row = int(round_up(shape.w * 18 + 14, 16));
   const int given = task.map == Map::associate ? 0 : 1 + task.grad;
-  walk.slot_bytes = int64_t(walk.group) * (walk.pixels * walk.stride * 2 + given * shape.h * walk.weight_row);
-  walk.tokens_bytes = task.map == Map::weighted ? 0 : (4 * walk.known_columns + 1) * walk.stride * 2;
-  walk.sums_bytes = 3 * walk.columns * channels * 4;
-  walk.masses_bytes = task.map == Map::associate ? round_up(WALK_WARPS * 3 * walk.columns * 4, 16) : 0;
-  walk.weights_bytes = int64_t(walk.group) * walk.pixels * WEIGHTS_STRIDE * 2;
-  walk.shared_bytes = walk.slots * walk.slot_bytes + walk.tokens_bytes + walk.sums_bytes + walk.masses_bytes +
-                      walk.weights_bytes;
+  const int64_t slot = int64_t(walk.group) * (walk.pixels * walk.stride * 2 + given * shape.h * walk.weight_row);
+  const int64_t tokens = task.map == Map::weighted ? 0 : (4 * walk.known_columns + 1) * walk.stride * 2;
+  const int64_t totals = 3 * walk.columns * channels * 4;
+  const int64_t masses = task.map == Map::associate ? round_up(SUM_WARPS * 3 * walk.columns * 4, 16) : 0;
+  const int64_t weights = int64_t(walk.group) * walk.pixels * WEIGHTS_STRIDE * 2;
+  walk.shared_bytes = walk.slots * slot + tokens + totals + masses + weights;
+  walk.slot_bytes = int(slot);
+  walk.tokens_at = int(walk.slots * slot);
+  walk.totals_at = int(walk.tokens_at + tokens);
+  walk.masses_at = int(walk.totals_at + totals);
+  walk.weights_at = int(walk.masses_at + masses);
 }
 
 // Tiles along one side that the regions of `size` super tokens read altogether, with `halo` tiles on either side.
@@ -40,7 +44,7 @@ int64_t tiles_read(int grid, int size, int halo) {
 // The largest group, and then the deepest prefetch, that fit into shared memory.
 bool fit(Walk& walk, const Task& task, const Shape& shape, const Limits& limits) {
   const int tile = int(round_up(shape.h * shape.w, 16));
-  // A group of 128 pixels is 16 for each warp.
+  // A group of 256 pixels is 16 for each warp.
   const int most = std::clamp(16 * WALK_WARPS / tile, 1, std::min(walk.columns + 2, shape.gw));
   for (walk.group = most; walk.group >= 1; walk.group /= 2)
     for (walk.ahead = 3; walk.ahead >= 1; --walk.ahead) {

@@ -43,24 +43,26 @@ struct Walk {
   bool pools = false;         // the walk pools too: x is read once, but for halos. Else pooling is a pass of its own
   int rows = 0, columns = 0;  // super tokens of a region; it also walks the tiles around them
   int group = 0;
-  int ahead = 0;              // groups being copied to shared memory while one is worked on
-  int64_t regions = 0;        // blocks of threads
-  double reads = 0;           // how often pixels are read, halos and a pass of pooling included
+  int ahead = 0;        // groups being copied to shared memory while one is worked on
+  int64_t regions = 0;  // blocks of threads
+  double reads = 0;     // how often pixels are read, halos and a pass of pooling included
 
   // Shared memory, in this order; rows of pixels and super tokens are padded so that matrix loads meet no bank twice.
-  int stride = 0;             // elements of a row of pixels or super tokens
-  int pixels = 0;             // pixels of a tile, rounded up to whole matrices of 16
-  int known_columns = 0;      // columns of super tokens kept, of 4 rows of the grid
-  int slots = 0;              // groups kept
-  int weight_row = 0;         // bytes of a tile row's weights as copied, 16-byte aligned at both ends
-  int64_t slot_bytes = 0, tokens_bytes = 0, sums_bytes = 0, masses_bytes = 0, weights_bytes = 0;
+  int stride = 0;         // elements of a row of pixels or super tokens
+  int pixels = 0;         // pixels of a tile, rounded up to whole matrices of 16
+  int known_columns = 0;  // columns of super tokens kept, of 4 rows of the grid
+  int slots = 0;          // groups kept
+  int weight_row = 0;     // bytes of a tile row's weights as copied, 16-byte aligned at both ends
+  int slot_bytes = 0;     // of a group
+  int tokens_at = 0, totals_at = 0, masses_at = 0, weights_at = 0;
   int64_t shared_bytes = 0;
 };
 Walk plan(const Task&, const Shape&, const Limits&);
 
-constexpr int WALK_WARPS = 8;
-constexpr int WALK_CHANNELS = 512;    // at most
-constexpr int WALK_TILE = 1024;       // pixels at most
-constexpr int WEIGHTS_STRIDE = 24;    // elements of a pixel's row of 16 weights in shared memory
+constexpr int WALK_WARPS = 16;
+constexpr int SUM_WARPS = 8;        // those that sum; the others pool meanwhile
+constexpr int WALK_CHANNELS = 512;  // at most
+constexpr int WALK_TILE = 1024;     // pixels at most
+constexpr int WEIGHTS_STRIDE = 24;  // elements of a pixel's row of 16 weights in shared memory
 
 }  // namespace stvit

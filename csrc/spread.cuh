@@ -39,7 +39,12 @@ struct Spreader {
   int row, first, tiles;  // of the run
 
   __device__ Spreader(const SpreadArguments& arguments, int64_t block)
-      : a(arguments), call(a.call), shape(a.call.shape), thread(threadIdx.x), warp(thread / 32), lane(thread % 32),
+      : a(arguments),
+        call(a.call),
+        shape(a.call.shape),
+        thread(threadIdx.x),
+        warp(thread / 32),
+        lane(thread % 32),
         staged(reinterpret_cast<T*>(gpu::shared_memory())) {
     first = int(block % a.runs) * a.run;
     row = int(block / a.runs % shape.gh);
@@ -77,12 +82,12 @@ struct Spreader {
       values[i] = inside ? gpu::load(from + (channel + i) * view.channel) : gpu::narrow<T>(0);
     }
     if (known && sum == 0 && call.mass) {
-      const float mass = gpu::load(static_cast<const float*>(call.mass) + (image * shape.gh + near) * shape.gw + column);
+      const float mass =
+          gpu::load(static_cast<const float*>(call.mass) + (image * shape.gh + near) * shape.gw + column);
       for (int i = 0; i < 8; ++i) values[i] = gpu::narrow<T>(gpu::widen(values[i]) / (mass + 1e-12f));
     }
     T* to = staged + at * a.stride + channel / 32 * 32 + channel / 8 % 4 * 2;
-    for (int j = 0; j < 4; ++j)
-      *reinterpret_cast<uint32_t*>(to + j * 8) = gpu::pack(values[2 * j], values[2 * j + 1]);
+    for (int j = 0; j < 4; ++j) *reinterpret_cast<uint32_t*>(to + j * 8) = gpu::pack(values[2 * j], values[2 * j + 1]);
   }
 
   // 16 pixels of a tile, all channels.
@@ -143,7 +148,8 @@ struct Spreader {
     float sums[8];
     for (int i = 0; i < 8; ++i) sums[i] = values[i / 2][2 * half + i % 2];
     if (call.means) {
-      const T* from = static_cast<const T*>(call.means) + ((image * shape.gh + row) * shape.gw + column) * shape.channels;
+      const T* from =
+          static_cast<const T*>(call.means) + ((image * shape.gh + row) * shape.gw + column) * shape.channels;
       add<T>(sums, from + channel, 1.f / float(shape.h * shape.w));
     }
     if (call.residual.data) {
@@ -199,7 +205,8 @@ void run_spread(const TokensToPixels& call, void* stream) {
   a.runs = (shape.gw + a.run - 1) / a.run;
   a.run = (shape.gw + a.runs - 1) / a.runs;
   const int64_t places = 3 * (a.run + 2) * (call.weights2 ? 2 : 1) + 1;
-  gpu::launch(spread_kernel<T, OUT>, shape.batch * shape.gh * a.runs, 32 * SPREAD_WARPS, places * a.stride * 2, stream, a);
+  gpu::launch(spread_kernel<T, OUT>, shape.batch * shape.gh * a.runs, 32 * SPREAD_WARPS, places * a.stride * 2, stream,
+              a);
 }
 
 }  // namespace stvit

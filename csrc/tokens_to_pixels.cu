@@ -23,7 +23,8 @@ struct General {
   __device__ S total() const {
     const int64_t at = ((image * shape.height + y) * shape.width + x) * 9;
     S sum = products(static_cast<const T*>(call.weights) + at, call.tokens, call.mass);
-    if (call.weights2) sum += S(call.scale2) * products(static_cast<const T*>(call.weights2) + at, call.tokens2, nullptr);
+    if (call.weights2)
+      sum += S(call.scale2) * products(static_cast<const T*>(call.weights2) + at, call.tokens2, nullptr);
     if (call.means) {
       const int64_t mean = ((image * shape.gh + row) * shape.gw + column) * shape.channels + channel;
       sum += gpu::widen(gpu::load(static_cast<const T*>(call.means) + mean)) / S(shape.h * shape.w);

@@ -21,6 +21,8 @@
 #include <gpu.cuh>
 
 #include "launch.h"
+#include "maps.cuh"
+#include "region.cuh"
 
 namespace stvit {
 
@@ -35,8 +37,8 @@ struct Divisor {
 struct WalkArguments {
   PixelsToTokens call;
   Walk walk;
-  int row_regions, column_regions;
-  Divisor vectors, tile, width, slots, weight_chunks;  // vectors of a pixel; pixels of a tile, and of a row of it; ...
+  // By: 16-byte vectors of a pixel, pixels of a tile, pixels of its row, slots, 16-byte pieces of its row's weights.
+  Divisor vectors, tile, width, slots, weight_chunks;
 };
 
 template <typename T, Map MAP, bool POOLS, int BLOCKS>
@@ -52,64 +54,38 @@ struct Walker {
 
   const int thread, warp, lane;
   const int r, q;  // place in a matrix fragment: row r and r + 8, column q and q + 1
-  char* const shared;
-  char* const tokens;
-  float* const totals;
-  float* const masses;
-  T* const weights;
-
-  int64_t image;
-  int first_row, end_row, first_column, end_column;  // super tokens that the region owns
-  int walked_row, walked_end, column0, column_end;   // tiles that it walks over
-  int loaded_row, loaded_end;                        // rows of tiles that it copies, for pooling too
-  int known0;                                        // first column of super tokens kept
-  int groups_of_row, groups, lag;
+  const Region region;
+  const int known0;  // first column of super tokens kept
 
   float sums[BLOCKS][4];
   float mass[4];
 
-  __device__ Walker(const WalkArguments& arguments, int64_t region)
-      : a(arguments), call(a.call), walk(a.walk), shape(a.call.shape),
-        thread(threadIdx.x), warp(thread / 32), lane(thread % 32), r(lane / 4), q(lane % 4 * 2),
-        shared(gpu::shared_memory()),
-        tokens(shared + walk.slots * walk.slot_bytes),
-        totals(reinterpret_cast<float*>(tokens + walk.tokens_bytes)),
-        masses(reinterpret_cast<float*>(tokens + walk.tokens_bytes + walk.sums_bytes)),
-        weights(reinterpret_cast<T*>(tokens + walk.tokens_bytes + walk.sums_bytes + walk.masses_bytes)) {
-    image = region / (a.row_regions * a.column_regions);
-    const int place = int(region % (a.row_regions * a.column_regions));
-    first_row = place / a.column_regions * walk.rows;
-    end_row = min(first_row + walk.rows, shape.gh);
-    first_column = place % a.column_regions * walk.columns;
-    end_column = min(first_column + walk.columns, shape.gw);
-    walked_row = max(first_row - 1, 0);
-    walked_end = min(end_row + 1, shape.gh);
-    column0 = max(first_column - 1, 0);
-    column_end = min(end_column + 1, shape.gw);
-    loaded_row = POOLS ? max(walked_row - 1, 0) : walked_row;
-    loaded_end = POOLS ? min(walked_end + 1, shape.gh) : walked_end;
-    known0 = max(column0 - 1, 0);
-    groups_of_row = (column_end - column0 + walk.group - 1) / walk.group;
-    groups = (loaded_end - loaded_row) * groups_of_row;
-    lag = POOLS ? groups_of_row + 1 : 0;
+  __device__ Walker(const WalkArguments& arguments, int64_t index)
+      : a(arguments),
+        call(a.call),
+        walk(a.walk),
+        shape(a.call.shape),
+        thread(threadIdx.x),
+        warp(thread / 32),
+        lane(thread % 32),
+        r(lane / 4),
+        q(lane % 4 * 2),
+        region(shape, walk, POOLS, index),
+        known0(larger(region.column0 - 1, 0)) {
     clear_sums();
   }
 
-  static __device__ int min(int x, int y) { return x < y ? x : y; }
-  static __device__ int max(int x, int y) { return x > y ? x : y; }
+  // Shared memory, part by part: super tokens, sums of three rows of them, masses of those, weights of a group.
+  static __device__ char* shared() { return gpu::shared_memory(); }
+  __device__ T* tokens() const { return reinterpret_cast<T*>(shared() + walk.tokens_at); }
+  __device__ float* totals() const { return reinterpret_cast<float*>(shared() + walk.totals_at); }
+  __device__ float* masses() const { return reinterpret_cast<float*>(shared() + walk.masses_at); }
+  __device__ T* weights() const { return reinterpret_cast<T*>(shared() + walk.weights_at); }
 
-  __device__ int row_of(int group) const { return loaded_row + group / groups_of_row; }
-  __device__ int column_of(int group) const { return column0 + group % groups_of_row * walk.group; }
-  __device__ int tiles_of(int group) const { return min(walk.group, column_end - column_of(group)); }
-  __device__ bool walked(int group) const {
-    return group >= 0 && group < groups && row_of(group) >= walked_row && row_of(group) < walked_end;
+  // Of a group: pixels [tile][pixel][channel], then the weights given as copied, then their gradient.
+  __device__ char* slot(int group) const {
+    return shared() + (group - a.slots.quotient(group) * walk.slots) * walk.slot_bytes;
   }
-  __device__ bool owned(int row, int column) const {
-    return row >= first_row && row < end_row && column >= first_column && column < end_column;
-  }
-
-  // Shared memory of a group: pixels [tile][pixel][channel], then the weights given as copied, then their gradient.
-  __device__ char* slot(int group) const { return shared + (group - a.slots.quotient(group) * walk.slots) * walk.slot_bytes; }
   __device__ T* pixel(char* slot, int tile, int p) const {
     return reinterpret_cast<T*>(slot) + (tile * walk.pixels + p) * walk.stride;
   }
@@ -121,31 +97,34 @@ struct Walker {
   __device__ T* token(int row, int column) const {
     const bool inside = row >= 0 && row < shape.gh && column >= 0 && column < shape.gw;
     const int place = inside ? (row & 3) * walk.known_columns + column - known0 : 4 * walk.known_columns;
-    return reinterpret_cast<T*>(tokens) + place * walk.stride;
+    return tokens() + place * walk.stride;
   }
   __device__ float* total(int row, int column, int channel) const {
-    return totals + ((row % 3) * walk.columns + column - first_column) * (walk.stride - 8) + channel;
+    return totals() + ((row % 3) * walk.columns + column - region.first_column) * (walk.stride - 8) + channel;
   }
   __device__ float* total_mass(int row, int column) const {
-    return masses + (warp * 3 + row % 3) * walk.columns + column - first_column;
+    return masses() + (warp * 3 + row % 3) * walk.columns + column - region.first_column;
   }
   // First of the 9 weights of a pixel in device memory.
-  __device__ int64_t weight(int64_t y, int64_t x) const { return ((image * shape.height + y) * shape.width + x) * 9; }
+  __device__ int64_t weight(int64_t y, int64_t x) const {
+    return ((region.image * shape.height + y) * shape.width + x) * 9;
+  }
 
   __device__ void run() {
-    for (int64_t i = thread; i < walk.shared_bytes / 16; i += THREADS) reinterpret_cast<int4*>(shared)[i] = int4{0, 0, 0, 0};
+    for (int64_t i = thread; i < walk.shared_bytes / 16; i += THREADS)
+      reinterpret_cast<int4*>(shared())[i] = int4{0, 0, 0, 0};
     gpu::barrier();
     for (int group = 0; group < walk.ahead; ++group) copy(group);
-    for (int step = 0; step <= groups + lag; ++step) {
+    for (int step = 0; step <= region.groups + region.lag; ++step) {
       arrive();
       gpu::barrier();
-      const int group = step - lag;
-      if (POOLS && step < groups) pool(step);
-      if (walked(group - 1)) add(group - 1);
-      if (TOKENS && !POOLS && walked(group)) load_tokens(group);
+      const int group = step - region.lag;
+      if (POOLS && warp >= SUM_WARPS && step < region.groups) pool(step);
+      if (warp < SUM_WARPS && region.walked(group - 1)) add(group - 1);
+      if (TOKENS && !POOLS && region.walked(group)) load_tokens(group);
       gpu::barrier();
       copy(step + walk.ahead);
-      if (walked(group)) weigh(group);
+      if (region.walked(group)) weigh(group);
     }
   }
 
@@ -158,18 +137,19 @@ struct Walker {
 
   // Starts the copies of a group; zeros for pixels outside the image.
   __device__ void copy(int group) const {
-    if (group < groups) {
+    if (group < region.groups) {
       char* to = slot(group);
-      copy_pixels(to, row_of(group), column_of(group), tiles_of(group));
-      if (GIVEN) copy_weights(to, 0, call.weights, row_of(group), column_of(group), tiles_of(group));
-      if (GIVEN && call.grad) copy_weights(to, 1, call.grad, row_of(group), column_of(group), tiles_of(group));
+      copy_pixels(to, region.row(group), region.column(group), region.tiles(group));
+      if (GIVEN) copy_weights(to, 0, call.weights, region.row(group), region.column(group), region.tiles(group));
+      if (GIVEN && call.grad)
+        copy_weights(to, 1, call.grad, region.row(group), region.column(group), region.tiles(group));
     }
     gpu::commit();
   }
 
   __device__ void copy_pixels(char* to, int row, int column, int tiles) const {
     const View& view = call.pixels;
-    const T* from = static_cast<const T*>(view.data) + image * view.image;
+    const T* from = static_cast<const T*>(view.data) + region.image * view.image;
     for (int i = thread; i < tiles * shape.h * shape.w * int(a.vectors.d); i += THREADS) {
       const int place = a.vectors.quotient(i), vector = i - place * int(a.vectors.d);
       const int tile = a.tile.quotient(place), p = place - tile * int(a.tile.d);
@@ -193,7 +173,9 @@ struct Walker {
       const int64_t begin = weight(y, x) * 2 / 16 * 16 + chunk * 16;
       const int64_t bytes = y < shape.height ? (weight(y, x) + seen * 9) * 2 - begin : 0;
       gpu::copy_async(weight_row(to, grad, tile, line) + chunk * 16, bytes > 0 ? from + begin : from,
-                      bytes <= 0 ? 0 : bytes < 16 ? int(bytes) : 16);
+                      bytes <= 0   ? 0
+                      : bytes < 16 ? int(bytes)
+                                   : 16);
     }
   }
 
@@ -201,10 +183,10 @@ struct Walker {
   __device__ void pool(int group) const {
     const T one = gpu::narrow<T>(1);
     const uint32_t ones[4] = {gpu::pack(one, one), gpu::pack(one, one), gpu::pack(one, one), gpu::pack(one, one)};
-    const int row = row_of(group);
-    for (int tile = 0; tile < tiles_of(group); ++tile)
+    const int row = region.row(group);
+    for (int tile = 0; tile < region.tiles(group); ++tile)
       for (int block = 0; block < BLOCKS; ++block) {
-        const int channel = (warp + block * WALK_WARPS) * 8;
+        const int channel = (warp - SUM_WARPS + block * SUM_WARPS) * 8;
         if (channel >= shape.channels) break;
         float sum[4] = {0, 0, 0, 0};
         for (int p = 0; p < walk.pixels; p += 16) {
@@ -213,12 +195,13 @@ struct Walker {
           gpu::multiply_add<T>(sum, ones, b[0], b[1]);
         }
         if (r != 0) continue;
-        const int column = column_of(group) + tile;
+        const int column = region.column(group) + tile;
         const float count = float(shape.h * shape.w);
         const uint32_t mean = gpu::pack(gpu::narrow<T>(sum[0] / count), gpu::narrow<T>(sum[1] / count));
         *reinterpret_cast<uint32_t*>(token(row, column) + channel + q) = mean;
-        if (owned(row, column)) {
-          T* pooled = static_cast<T*>(call.pooled) + ((image * shape.gh + row) * shape.gw + column) * shape.channels;
+        if (region.owns(row, column)) {
+          T* pooled =
+              static_cast<T*>(call.pooled) + ((region.image * shape.gh + row) * shape.gw + column) * shape.channels;
           gpu::store(reinterpret_cast<uint32_t*>(pooled + channel + q), mean);
         }
       }
@@ -226,16 +209,17 @@ struct Walker {
 
   // Super tokens given: the row below, at the start of a row of tiles; at the start of the walk also those above.
   __device__ void load_tokens(int group) const {
-    if (column_of(group) != column0) return;
-    const int row = row_of(group);
-    for (int near = row == walked_row ? row - 1 : row + 1; near <= row + 1; ++near)
+    if (region.column(group) != region.column0) return;
+    const int row = region.row(group);
+    for (int near = row == region.walked_row ? row - 1 : row + 1; near <= row + 1; ++near)
       if (near >= 0 && near < shape.gh) load_token_row(near);
   }
 
   __device__ void load_token_row(int row) const {
     const View& view = call.tokens;
-    const T* from = static_cast<const T*>(view.data) + image * view.image + row * view.row;
-    const int columns = min(column_end + 1, shape.gw) - known0, channels = int(shape.channels);
+    const T* from = static_cast<const T*>(view.data) + region.image * view.image + row * view.row;
+    const int columns = smaller(region.column_end + 1, shape.gw) - known0, channels = int(shape.channels);
+#pragma unroll 1
     for (int i = thread; i < columns * channels; i += THREADS) {
       const int column = known0 + i / channels, channel = i % channels;
       T value = gpu::load(from + column * view.column + channel * view.channel);
@@ -244,16 +228,16 @@ struct Walker {
     }
   }
   __device__ float mass_of(int row, int column) const {
-    return gpu::load(static_cast<const float*>(call.mass) + (image * shape.gh + row) * shape.gw + column);
+    return gpu::load(static_cast<const float*>(call.mass) + (region.image * shape.gh + row) * shape.gw + column);
   }
 
   // Weights of a group's pixels, [pixel][slot] in shared memory: a warp takes 16 pixels of a tile at a time.
   __device__ void weigh(int group) const {
     const int parts = walk.pixels / 16;
-    for (int part = warp; part < tiles_of(group) * parts; part += WALK_WARPS) {
+    for (int part = warp; part < region.tiles(group) * parts; part += WALK_WARPS) {
       const int tile = part / parts, first = part % parts * 16;
       float logits[2][4] = {};  // of slots 0-7, 8-15
-      if (TOKENS) multiply(logits, slot(group), tile, first, row_of(group), column_of(group) + tile);
+      if (TOKENS) multiply(logits, slot(group), tile, first, region.row(group), region.column(group) + tile);
       for (int half = 0; half < 2; ++half) {
         float products[3] = {logits[0][2 * half], logits[0][2 * half + 1], logits[1][2 * half]};
         weigh_pixel(products, group, tile, first + r + 8 * half);
@@ -283,89 +267,58 @@ struct Walker {
 
   // Slots q, q + 1 and 8 of one pixel p of a tile; the four lanes of its row share the pixel, the first has slot 8.
   __device__ void weigh_pixel(float (&products)[3], int group, int tile, int p) const {
-    const int column = column_of(group) + tile, line = a.width.quotient(p), in_line = p - line * shape.w;
-    const int64_t y = int64_t(row_of(group)) * shape.h + line, x = int64_t(column) * shape.w + in_line;
+    const int column = region.column(group) + tile, line = a.width.quotient(p), in_line = p - line * shape.w;
+    const int64_t y = int64_t(region.row(group)) * shape.h + line, x = int64_t(column) * shape.w + in_line;
     const bool real = p < shape.h * shape.w, seen = real && y < shape.height && x < shape.width;
     const int slots[3] = {q, q + 1, 8};
     const int count = q == 0 ? 3 : 2;
 
-    T given[3] = {}, out[3], factor[3];
-    float extra[3] = {};
+    T given[3] = {}, factor[3] = {};
     if (GIVEN && seen)
       for (int i = 0; i < count; ++i) {
         // Where the weights of the tile's row begin within the 16-byte pieces that were copied.
         const int at = int(weight(y, x - in_line) % 8) + in_line * 9 + neighbour(slots[i], column);
-        given[i] = reinterpret_cast<const T*>(weight_row(slot(group), 0, tile, line))[at];
+        given[i] = factor[i] = reinterpret_cast<const T*>(weight_row(slot(group), 0, tile, line))[at];
         if (MAP == Map::differentiate && call.grad)
-          extra[i] = gpu::widen(reinterpret_cast<const T*>(weight_row(slot(group), 1, tile, line))[at]);
+          products[i] += gpu::widen(reinterpret_cast<const T*>(weight_row(slot(group), 1, tile, line))[at]);
       }
-    if (MAP == Map::associate) associate(products, count, factor);
-    if (MAP == Map::differentiate) differentiate(products, extra, given, count, row_of(group), column, factor);
-    for (int i = 0; i < 3; ++i) {
-      if (MAP == Map::weighted || MAP == Map::products) factor[i] = given[i];
-      out[i] = MAP == Map::products ? gpu::narrow<T>(products[i]) : factor[i];
-      if (!real) factor[i] = gpu::narrow<T>(0);
+    if (MAP == Map::associate) associate(products, count, float(call.scale), factor);
+    if (MAP == Map::differentiate) {
+      for (int i = 0; i < count; ++i) products[i] -= offset(slots[i], region.row(group), column);
+      differentiate(products, given, count, factor);
     }
 
-    T* to = weights + (tile * walk.pixels + p) * WEIGHTS_STRIDE;
-    *reinterpret_cast<uint32_t*>(to + q) = gpu::pack(factor[0], factor[1]);
-    if (q == 0) to[8] = factor[2];
-    if (TOKENS && seen && owned(row_of(group), column))
+    if (TOKENS && seen && region.owns(region.row(group), column))
       for (int i = 0; i < count; ++i)
-        gpu::store(static_cast<T*>(call.out) + weight(y, x) + neighbour(slots[i], column), out[i]);
+        gpu::store(static_cast<T*>(call.out) + weight(y, x) + neighbour(slots[i], column),
+                   MAP == Map::products ? gpu::narrow<T>(products[i]) : factor[i]);
+    T* to = weights() + (tile * walk.pixels + p) * WEIGHTS_STRIDE;
+    const T none = gpu::narrow<T>(0);  // for what fills the tile's pixels up to whole matrices
+    *reinterpret_cast<uint32_t*>(to + q) = real ? gpu::pack(factor[0], factor[1]) : gpu::pack(none, none);
+    if (q == 0) to[8] = real ? factor[2] : none;
   }
 
-  // Sum over the four lanes that share a pixel.
-  static __device__ float over_pixel(float x) {
-    x += gpu::shuffle_xor(x, 1);
-    return x + gpu::shuffle_xor(x, 2);
-  }
-
-  // Softmax; rounded once, so that sums, mass and backward all see the weights that are stored.
-  __device__ void associate(const float (&products)[3], int count, T (&factor)[3]) const {
-    const float scale = float(call.scale);
-    float most = fmaxf(products[0] * scale, products[1] * scale);
-    if (count == 3) most = fmaxf(most, products[2] * scale);
-    most = fmaxf(most, gpu::shuffle_xor(most, 1));
-    most = fmaxf(most, gpu::shuffle_xor(most, 2));
-    float shares[3] = {}, sum = 0;
-    for (int i = 0; i < count; ++i) sum += shares[i] = gpu::exponential(products[i] * scale - most);
-    sum = over_pixel(sum);
-    for (int i = 0; i < 3; ++i) factor[i] = gpu::narrow<T>(shares[i] / sum);
-  }
-
-  // dlogit = A (dA - sum A dA / sum A): rounded, nine weights near 0 and 1 sum to 1 only to a rounding.
-  __device__ void differentiate(const float (&products)[3], const float (&grad)[3], const T (&given)[3], int count,
-                                int row, int column, T (&factor)[3]) const {
-    const int slots[3] = {q, q + 1, 8};
-    float shares[3] = {}, slopes[3] = {}, sum = 0, mean = 0;
-    for (int i = 0; i < count; ++i) {
-      const int near_row = row + slots[i] / 3 - 1, near_column = column + left_of(slots[i], column) - 1;
-      const bool inside = near_row >= 0 && near_row < shape.gh && near_column >= 0 && near_column < shape.gw;
-      const int64_t place = (image * shape.gh + near_row) * shape.gw + near_column;
-      slopes[i] = grad[i] + products[i] - (inside ? gpu::load(static_cast<const float*>(call.offset) + place) : 0.f);
-      shares[i] = gpu::widen(given[i]);
-      sum += shares[i];
-      mean += shares[i] * slopes[i];
-    }
-    sum = over_pixel(sum);
-    mean = over_pixel(mean) / (sum == 0 ? 1 : sum);
-    for (int i = 0; i < 3; ++i) factor[i] = gpu::narrow<T>(shares[i] * (slopes[i] - mean));
+  // <dS, S> / mass of the super token in a slot.
+  __device__ float offset(int slot, int row, int column) const {
+    const int near_row = row + slot / 3 - 1, near_column = column + left_of(slot, column) - 1;
+    if (near_row < 0 || near_row >= shape.gh || near_column < 0 || near_column >= shape.gw) return 0;
+    return gpu::load(static_cast<const float*>(call.offset) + (region.image * shape.gh + near_row) * shape.gw +
+                     near_column);
   }
 
   // Adds weight^T x pixels of a group to the sums.
   __device__ void add(int group) {
-    const int row = row_of(group), last = column_end - 1;
-    for (int tile = 0; tile < tiles_of(group); ++tile) {
-      const int column = column_of(group) + tile;
+    const int row = region.row(group), last = region.column_end - 1;
+    for (int tile = 0; tile < region.tiles(group); ++tile) {
+      const int column = region.column(group) + tile;
       add_tile(slot(group), tile);
       release(row, column - 1);
       if (column == last) {
         release(row, column);
         release(row, column + 1);
         gpu::warp_barrier();
-        if (row > first_row) finish(row - 1);
-        if (row == walked_end - 1) finish(row);
+        if (row > region.first_row) finish(row - 1);
+        if (row == region.walked_end - 1) finish(row);
         gpu::warp_barrier();
       }
     }
@@ -376,10 +329,10 @@ struct Walker {
     for (int p = 0; p < walk.pixels; p += 16) {
       uint32_t factor[4];
       gpu::load_matrices_transposed(
-          factor, weights + (tile * walk.pixels + p + lane / 16 * 8 + lane % 8) * WEIGHTS_STRIDE + lane / 8 % 2 * 8);
+          factor, weights() + (tile * walk.pixels + p + lane / 16 * 8 + lane % 8) * WEIGHTS_STRIDE + lane / 8 % 2 * 8);
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
-        const int channel = (warp + block * WALK_WARPS) * 8;
+        const int channel = (warp + block * SUM_WARPS) * 8;
         if (channel >= shape.channels) break;
         uint32_t b[2];
         gpu::load_two_matrices_transposed(b, pixel(slot, tile, p + lane % 16) + channel);
@@ -402,10 +355,10 @@ struct Walker {
       const int slot = r + 8 * half;
       if (slot > 8 || slot % 3 != (column + 1) % 3) continue;
       const int near = row + slot / 3 - 1;
-      const bool mine = owned(near, column);
+      const bool mine = region.owns(near, column);
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
-        const int channel = (warp + block * WALK_WARPS) * 8 + q;
+        const int channel = (warp + block * SUM_WARPS) * 8 + q;
         float* to = total(near, column, channel);
         for (int i = 0; i < 2; ++i) {
           if (mine && channel < shape.channels) to[i] += sums[block][2 * half + i];
@@ -421,14 +374,15 @@ struct Walker {
 
   // Writes a row of super tokens that has met all its tiles, and frees its totals. A warp writes its own channels.
   __device__ void finish(int row) {
-    if (row < first_row || row >= end_row) return;
+    if (row < region.first_row || row >= region.end_row) return;
     const View& view = call.stokens;
-    T* to = static_cast<T*>(view.data) + image * view.image + row * view.row;
-    for (int column = first_column + r; column < end_column; column += 8) {
+    T* to = static_cast<T*>(view.data) + region.image * view.image + row * view.row;
+#pragma unroll 1
+    for (int column = region.first_column + r; column < region.end_column; column += 8) {
       const float weight = MAP == Map::associate ? *total_mass(row, column) : 1.f;
-#pragma unroll
+#pragma unroll 1  // rarely run: registers count for more than speed
       for (int block = 0; block < BLOCKS; ++block) {
-        const int channel = (warp + block * WALK_WARPS) * 8 + q;
+        const int channel = (warp + block * SUM_WARPS) * 8 + q;
         if (channel >= shape.channels) break;
         for (int i = 0; i < 2; ++i) {
           float* sum = total(row, column, channel + i);
@@ -438,11 +392,11 @@ struct Walker {
         }
       }
       if (MAP == Map::associate && warp == 0 && q == 0)
-        gpu::store(static_cast<float*>(call.mass) + (image * shape.gh + row) * shape.gw + column, weight);
+        gpu::store(static_cast<float*>(call.mass) + (region.image * shape.gh + row) * shape.gw + column, weight);
     }
     gpu::warp_barrier();
     if (MAP == Map::associate && q == 0)
-      for (int column = first_column + r; column < end_column; column += 8) *total_mass(row, column) = 0;
+      for (int column = region.first_column + r; column < region.end_column; column += 8) *total_mass(row, column) = 0;
   }
 };
 
@@ -453,7 +407,7 @@ __global__ void __launch_bounds__(32 * WALK_WARPS, 1) walk_kernel(const WalkArgu
 
 template <typename T, Map MAP, bool POOLS>
 void walk_channels(const WalkArguments& a, void* stream) {
-  const int64_t blocks = (a.call.shape.channels + 8 * WALK_WARPS - 1) / (8 * WALK_WARPS);
+  const int64_t blocks = (a.call.shape.channels + 8 * SUM_WARPS - 1) / (8 * SUM_WARPS);
   const auto run = [&](auto kernel) {
     gpu::launch(kernel, a.walk.regions, 32 * WALK_WARPS, a.walk.shared_bytes, stream, a);
   };
@@ -461,7 +415,7 @@ void walk_channels(const WalkArguments& a, void* stream) {
   if (blocks == 2) return run(walk_kernel<T, MAP, POOLS, 2>);
   if (blocks == 3) return run(walk_kernel<T, MAP, POOLS, 3>);
   if (blocks == 4) return run(walk_kernel<T, MAP, POOLS, 4>);
-  run(walk_kernel<T, MAP, POOLS, WALK_CHANNELS / 8 / WALK_WARPS>);
+  run(walk_kernel<T, MAP, POOLS, WALK_CHANNELS / 8 / SUM_WARPS>);
 }
 
 // Runs a plan that fits, on 16-bit numbers. Each map is compiled in a file of its own: walk_<map>.cu.
@@ -471,8 +425,6 @@ void run_walk(const PixelsToTokens& call, const Walk& walk, void* stream) {
   a.call = call;
   a.walk = walk;
   const Shape& shape = call.shape;
-  a.row_regions = (shape.gh + walk.rows - 1) / walk.rows;
-  a.column_regions = (shape.gw + walk.columns - 1) / walk.columns;
   a.vectors = Divisor(shape.channels / 8);
   a.tile = Divisor(shape.h * shape.w);
   a.width = Divisor(shape.w);
