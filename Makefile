@@ -25,6 +25,7 @@ test: $(INSTALLED) ## run the tests, on the GPU where there is one (ARGS="-k lay
 
 lint: $(INSTALLED) ## check the style
 	$(PY) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* tests/emulation/*.h tests/emulation/*.c*)
 
 types: $(INSTALLED) ## check the type hints
 	$(PY) -m mypy

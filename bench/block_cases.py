@@ -17,11 +17,14 @@ from stvit import functional, reference
 
 
 class BlockOp(Op):
-    """An op whose baseline is PyTorch's own operators, with and without a checkout of the authors' code."""
+    """An op that the extension doesn't hold, whose baseline is PyTorch's own operators, with and without a checkout of
+    the authors' code."""
 
     def why_not(self, contender: Contender, problem: Problem, authors: ModuleType | None) -> list[str]:
         if contender.family == "authors" and authors is not None:
             return ["PyTorch's own operators stand for the authors' code here; leave --official out"]
+        if contender.family == "cuda":
+            return ["the extension holds super token sampling and upsampling alone, the rest runs on Triton"]
         return super().why_not(contender, problem, authors)
 
 

@@ -49,6 +49,7 @@ RULES = [
     ("kernel", r"multi_tensor_apply|FusedAdam", "optimiser"),
     ("ops", r"^stvit::(up)?sampling|^stvit::super_token", "super token ops"),
     ("kernel", r"^(walk|fold|pooling|tokens_to_pixels|pixels_to_tokens)_kernel|stoken|super_token", "super token ops"),
+    ("kernel", r"\bstvit::.*_kernel\b", "super token ops"),  # of the extension, which has no others
     ("part", rf"{STOKEN_PART}$", "super token ops"),
     ("op", r"^stvit::\w*depthwise", "depthwise"),
     ("op", r"^stvit::\w*norm", "norms"),

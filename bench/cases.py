@@ -123,8 +123,10 @@ CONTENDERS = [
 
 
 def interpreted(contender: Contender, device: torch.device) -> bool:
-    """Whether its kernels run in Triton's interpreter, whose speed means nothing."""
-    return contender.family == "triton" and (device.type == "cpu" or dispatch.interpreting())
+    """Whether its kernels run in Triton's interpreter, or emulated on the CPU: that speed means nothing."""
+    if contender.family == "triton" and dispatch.interpreting():
+        return True
+    return contender.family in ("triton", "cuda") and device.type == "cpu"
 
 
 class Implementation(NamedTuple):
@@ -147,7 +149,7 @@ class Op:
     associates: bool = True  # whether the gradient modes differ
 
     def why_not(self, contender: Contender, problem: Problem, authors: ModuleType | None) -> list[str]:
-        """The reasons why the contender can't run this; an empty list means that it can."""
+        """The reasons why the contender can't run this; an empty list means that it can. Builds the extension."""
         if contender.family == "authors":
             reasons = []
             if problem.association_grad:
@@ -155,8 +157,8 @@ class Op:
             if self.split and authors is not None:
                 reasons.append("the authors' code has sampling and upsampling in one function")
             return reasons
-        reasons = dispatch.why_not(contender.family, problem.device, problem.dtype)
-        if interpreted(contender, problem.device) and problem.dtype == torch.bfloat16:
+        reasons = dispatch.why_not(contender.family, problem.device, problem.dtype, True)
+        if dispatch.interpreting() and contender.family == "triton" and problem.dtype == torch.bfloat16:
             reasons.append("Triton's interpreter computes bfloat16 wrongly")
         return reasons
 

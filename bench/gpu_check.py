@@ -25,6 +25,8 @@ from typing import Any, BinaryIO
 import torch
 
 from bench import console, record
+from stvit import build as building
+from stvit import extension
 
 EXAMPLES = """\
 examples:
@@ -40,9 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 540.0  # seconds that a stage may take, building included
 GRACE = 20.0  # of these, the seconds between asking a step to stop and killing it
 
-# tests/test_NAME.py that learn nothing from a GPU: builds of the package, kernels compiled for several GPUs, the
-# benchmarks' own plumbing. CI runs them; everything else in tests/ runs on the device.
-CPU_ONLY = ("packaging", "compile*", "bench_*", "gpu_check")
+# tests/test_NAME.py that learn nothing from a GPU: builds of the package and of the extension, kernels compiled for
+# several GPUs or emulated, the benchmarks' own plumbing. CI runs them; everything else in tests/ runs on the device.
+CPU_ONLY = ("packaging", "build", "extension", "compile*", "csrc_*", "emulation", "plan", "bench_*", "gpu_check")
 # And what they need beyond torch, triton, timm, pytest and hypothesis; left out, and named, where it is missing.
 NEEDS = {"train*": ("torchvision", "sklearn", "matplotlib", "PIL"), "visualize": ("PIL", "matplotlib")}
 ON_CPU_TESTS = ("tests/test_conftest.py", "tests/test_sampling.py", "-k", "test_conftest or 1x7x1x1")  # a few, quick
@@ -187,14 +189,20 @@ def _copy(source: BinaryIO, log: BinaryIO) -> None:
 
 
 def build(stage: Stage) -> None:
-    """Builds the CUDA extension in place where its sources are; skipped, saying so, where there are none."""
-    if not any((ROOT / "csrc").glob("*.cu")):
-        stage.skip("build", "no CUDA sources in csrc/, nothing to build")
-    elif stage.on_gpu:
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        stage.step("build", command, environment={"STVIT_BUILD_CUDA": "1"})
-    else:
+    """Finds the CUDA extension, or builds it once for all stages; skipped, saying why, where a tool is missing."""
+    if not stage.on_gpu:
         stage.skip("build", "no GPU")
+        return
+    missing = building.obstacles()
+    if missing and not extension.ready():
+        stage.skip("build", f"the CUDA extension is left out: {'; '.join(missing)}")
+    else:
+        stage.step("build", [sys.executable, "-m", "stvit.info", "--build"], extension_origin)
+
+
+def extension_origin(output: str) -> dict[str, Any]:
+    found = re.search(r"^extension +(.+)", output, re.MULTILINE)
+    return {"note": found[1]} if found else {}
 
 
 def cores() -> int:
@@ -243,7 +251,8 @@ def sanitizer(stage: Stage) -> None:
         for check in CHECKS:
             stage.skip(check, "no GPU")
         return
-    if stage.step("cases", [*cases, "--processes", str(cores())], case_counts)["status"] != "passed":
+    ran = stage.step("cases", [*cases, "--processes", str(cores())], case_counts)
+    if ran["status"] != "passed":
         return
     program = find_sanitizer()
     if program is None:
@@ -254,10 +263,12 @@ def sanitizer(stage: Stage) -> None:
         return
     # API errors off: torch probes for things that a driver may not have, and handles the answer.
     options = ["--target-processes", "application-only", "--report-api-errors", "no", "--print-limit", "50"]
-    memcheck = [program, "--tool", "memcheck", *options]
-    planted = stage.step("planted", [*memcheck, *cases, "--plant"], lambda output: sanitizer_counts(output, ""))
-    found = planted.get("errors", 0) > 0
-    planted.update(status="passed" if found else "failed", note="a planted fault is found" if found else "NOT found")
+    for backend in ran.get("backends", "").split(", "):
+        command = [program, "--tool", "memcheck", *options, *cases, "--plant", backend]
+        planted = stage.step(f"planted-{backend}", command, lambda output: sanitizer_counts(output, ""))
+        found = planted.get("errors", 0) > 0
+        note = "a planted fault is found" if found else "a planted fault is NOT found"
+        planted.update(status="passed" if found else "failed", note=note)
     for place, check in enumerate(CHECKS):
         command = [program, "--tool", check, *options, *cases]
         share = 1 / (len(CHECKS) - place)  # a slow tool must not take the time of the next
@@ -272,8 +283,8 @@ def find_sanitizer() -> str | None:
 
 
 def case_counts(output: str) -> dict[str, Any]:
-    found = re.search(r"^cases: (\d+) ran, (\d+) failed", output, re.MULTILINE)
-    return {"cases": int(found[1]), "failed": int(found[2])} if found else {}
+    found = re.search(r"^cases: (\d+) ran, (\d+) failed, backends: (.*)", output, re.MULTILINE)
+    return {"cases": int(found[1]), "failed": int(found[2]), "backends": found[3]} if found else {}
 
 
 def sanitizer_counts(output: str, ending: str) -> dict[str, Any]:
@@ -362,6 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.on_cpu and not torch.cuda.is_available():
         console.usage_error("no CUDA device found; --on-cpu runs reduced stages on the CPU")
     device = torch.device("cpu" if options.on_cpu else "cuda")
+    if device.type == "cuda":
+        os.environ.pop("TORCH_CUDA_ARCH_LIST", None)  # the extension is built for this GPU alone, which is sooner done
     wanted = list(STAGES) if options.stage == "all" else [options.stage]
     red = []
     for name in wanted:

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 
+from stvit import extension
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on: GPU or CPU, driver, versions, commit, whether the working tree was clean."""
+    """What the numbers depend on: GPU or CPU, driver, versions, what the CUDA extension was built with (None where
+    there is none), commit, whether the working tree was clean."""
     on_gpu = device.type == "cuda"
     return {
         "device": device.type,
@@ -33,6 +36,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         **{name: _version(name) for name in ("triton", "timm")},
+        "extension": extension.describe()["built"],
         # A machine that got the files without .git is told the commit.
         "commit": _first_line("git", "rev-parse", "HEAD") or os.environ.get("STVIT_COMMIT"),
         "clean": _first_line("git", "status", "--porcelain", "--untracked-files=no") is None,

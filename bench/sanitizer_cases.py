@@ -6,7 +6,8 @@ kernel but ours is instrumented. Without the sanitizer it takes seconds. `--devi
 
     python -m bench.sanitizer_cases
     python -m bench.sanitizer_cases --only blocked
-    python -m bench.sanitizer_cases --plant      # one write out of bounds: a sanitizer that misses it is of no use
+    python -m bench.sanitizer_cases --only "cuda walks"
+    python -m bench.sanitizer_cases --plant cuda     # a fault in a kernel: a sanitizer that misses it is of no use
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 import stvit
-from stvit import dispatch, functional
+from stvit import dispatch, functional, ops
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TOLERANCE = {HALF: 2e-2, BRAIN: 1e-1, SINGLE: 1e-4, DOUBLE: 1e-9}  # of the largest value
@@ -55,22 +56,27 @@ class Family(NamedTuple):
 
     inputs: from what draws a tensor of a shape, tensors and whether each is differentiated, x first.
     call: the output (B, C, H, W) from these tensors, the case's settings and a backend.
+    backends: those with kernels of their own for it.
     """
 
     cases: Sequence[Case]
     inputs: Callable[[Case, Callable[..., Tensor]], list[tuple[Tensor, bool]]]
     call: Callable[..., Tensor]
+    backends: Sequence[str] = ("triton",)
 
 
 STAGE, PADDED, WIDE, RUNS, TINY = (1, 64, 16, 24), (2, 20, 7, 10), (1, 300, 6, 8), (1, 8, 64, 66), (1, 3, 2, 2)
 
 
-def attention_cases() -> list[Case]:
-    def case(name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, tile: tuple[int, int], full: bool,
-             n_iter: int = 1, channels_last: bool = True) -> Case:  # fmt: skip
-        settings = {"stoken_size": tile, "association_grad": full, "n_iter": n_iter}
-        return Case(name, shape, dtype, settings, channels_last)
+def case(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, tile: tuple[int, int], full: bool,
+    n_iter: int = 1, channels_last: bool = True, residual: torch.dtype | None = None,
+) -> Case:  # fmt: skip
+    settings: dict[str, Any] = {"stoken_size": tile, "association_grad": full, "n_iter": n_iter}
+    return Case(name, shape, dtype, settings if residual is None else {**settings, "residual": residual}, channels_last)
 
+
+def attention_cases() -> list[Case]:
     both = (False, True)
     return [
         *(case("stage", STAGE, dtype, (8, 8), full) for dtype in (HALF, BRAIN, SINGLE) for full in both),
@@ -81,10 +87,32 @@ def attention_cases() -> list[Case]:
         case("rounds", PADDED, SINGLE, (4, 3), True, 2),
         case("planar", PADDED, HALF, (4, 3), True, channels_last=False),
         case("double", PADDED, DOUBLE, (4, 3), True),
+        case("added", PADDED, SINGLE, (4, 3), False, residual=SINGLE),
+        case("added", PADDED, HALF, (4, 3), False, residual=BRAIN),
         # More tiles than programs worth starting: a program walks a run of them.
         *(case("runs", RUNS, HALF, (2, 2), full) for full in both),
         # Smaller than its tile: a grid of one super token.
         *(case("tiny", TINY, SINGLE, (4, 4), full) for full in both),
+    ]
+
+
+def walk_cases() -> list[Case]:
+    """For the kernels of the extension that take eight 16-bit channels at a time: what csrc/plan.cpp makes of a call on
+    GPUs with about 100 to 190 multiprocessors. A walk over pixels has three further maps in the full mode."""
+    both = (False, True)
+    return [
+        # One pass, a region being an image, several groups to a row; pixels read once.
+        *(case("whole", (192, 8, 23, 38), dtype, (8, 8), full) for dtype in (HALF, BRAIN) for full in both),
+        # One pass, several regions to an image, rows of tiles read by two of them.
+        *(case("regions", (48, 24, 31, 18), dtype, (4, 4), full) for dtype in (HALF, BRAIN) for full in both),
+        # Pooling in a pass of its own; a region is a few tiles. With rounds super tokens are given.
+        case("passes", (1, 64, 23, 29), HALF, (8, 8), True),
+        case("passes", (1, 40, 19, 22), BRAIN, (3, 5), True, 2),
+        # Each number of channels to a warp that there is a kernel for; 520 are too many for any.
+        *(case("channels", (1, channels, 7, 8), HALF, (4, 4), True) for channels in (128, 192, 256, 512, 520)),
+        # Super tokens to pixels: with a residual, in 16 bits and promoted.
+        *(case("added", (1, 40, 9, 30), HALF, (4, 4), False, residual=dtype) for dtype in (HALF, SINGLE)),
+        *(case("added", (1, 40, 9, 30), BRAIN, (4, 4), False, residual=dtype) for dtype in (BRAIN, SINGLE)),
     ]
 
 
@@ -100,9 +128,11 @@ def pixel_cases(**settings: Any) -> list[Case]:
     ]
 
 
-def attend(x: Tensor, backend: str, **settings: Any) -> Tensor:
+def attend(x: Tensor, backend: str, residual: torch.dtype | None = None, **settings: Any) -> Tensor:
+    """residual: the dtype in which x is added."""
     stokens, association = stvit.super_token_sampling(x, **settings, backend=backend)
-    return stvit.token_upsampling(stokens * 2, association, backend=backend)
+    added = None if residual is None else x.to(residual)
+    return stvit.token_upsampling(stokens * 2, association, backend=backend, residual=added)
 
 
 def of_pixels(case: Case, draw: Callable[..., Tensor]) -> list[tuple[Tensor, bool]]:
@@ -125,7 +155,8 @@ def of_branch(case: Case, draw: Callable[..., Tensor]) -> list[tuple[Tensor, boo
 
 
 FAMILIES = {
-    "attention": Family(attention_cases(), of_pixels, attend),
+    "attention": Family(attention_cases(), of_pixels, attend, ("triton", "cuda")),
+    "walks": Family(walk_cases(), of_pixels, attend, ("cuda",)),
     "residual_depthwise": Family(
         [*pixel_cases(gelu=False), *pixel_cases(gelu=True)], of_depthwise, functional.residual_depthwise
     ),
@@ -147,7 +178,7 @@ def run(family: Family, case: Case, device: torch.device, backend: str) -> None:
     def results(device: str | torch.device, dtype: torch.dtype, backend: str) -> list[Tensor]:
         leaves = [x.to(device, dtype, copy=True).requires_grad_(wanted) for x, wanted in inputs]
         y = family.call(*leaves, **case.settings, backend=backend)
-        y.backward(grad.to(device, dtype))
+        y.backward(grad.to(y))
         return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     truth, got = results("cpu", DOUBLE, "reference"), results(device, case.dtype, backend)
@@ -162,19 +193,43 @@ def planted_kernel(target, offset, LENGTH: tl.constexpr):  # type: ignore[no-unt
     tl.store(target + offset + tl.arange(0, LENGTH), 1.0)
 
 
-def plant(device: torch.device) -> None:
-    """One write 3 KiB past the end of a tensor of 1 KiB."""
-    planted_kernel[(1,)](torch.zeros(256, device=device), 1024, LENGTH=32)
-    torch.cuda.synchronize()
+def plant(backend: str, device: torch.device) -> None:
+    """triton: one write 3 KiB past the end of a tensor of 1 KiB. cuda: weights of 64 pixels, read for 4096."""
+    if backend == "triton":
+        planted_kernel[(1,)](torch.zeros(256, device=device), 1024, LENGTH=32)
+    else:
+        weights = torch.zeros(1, 8, 8, 9, device=device).permute(0, 3, 1, 2)
+        pixels = torch.zeros(1, 8, 64, 64, device=device)
+        ops.kernels("cuda", "upsampling").upsampling_backward(pixels, weights, 8, 8, False)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def able(device: torch.device) -> list[str]:
+    """The backends that can run; of the others the reasons are told. Builds the extension."""
+    found = []
+    for name in dispatch.BACKENDS:
+        reasons = dispatch.why_not(name, device, None, True)
+        if reasons:
+            print(f"left out: {name}: {'; '.join(reasons)}", flush=True)
+        elif name != "reference":
+            found.append(name)
+    return found
 
 
 def run_part(device: torch.device, backends: Sequence[str], word: str, part: int, parts: int) -> tuple[int, int]:
     """(cases that ran, of these failed), of every parts-th case from `part` on whose line holds `word`."""
-    every = [(b, name, case) for b in backends for name, family in FAMILIES.items() for case in family.cases]
+    every = [
+        (backend, name, case)
+        for backend in backends
+        for name, family in FAMILIES.items()
+        if backend in family.backends
+        for case in family.cases
+    ]
     ran = failed = 0
     for backend, name, case in every[part::parts]:
         line = f"{backend} {name} {case}"
-        garbage = case.dtype == BRAIN and device.type == "cpu"  # the interpreter's arithmetic of bfloat16
+        garbage = backend == "triton" and case.dtype == BRAIN and device.type == "cpu"  # the interpreter's bfloat16
         if garbage or word not in line:
             continue
         ran += 1
@@ -189,7 +244,7 @@ def run_part(device: torch.device, backends: Sequence[str], word: str, part: int
 
 
 def run_all(device: torch.device, word: str, processes: int) -> int:
-    backends = [name for name in dispatch.BACKENDS if name != "reference" and not dispatch.why_not(name, device)]
+    backends = able(device)
     if processes == 1:
         counts = [run_part(device, backends, word, 0, 1)]
     else:
@@ -209,14 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--only", default="", metavar="WORD", help="the cases whose line holds this word")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="side by side, which compiles sooner")
-    parser.add_argument("--plant", action="store_true", help="one write out of bounds instead of the cases")
+    parser.add_argument("--plant", choices=("triton", "cuda"), help="a fault in its kernel instead of the cases")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA device; --device cpu with TRITON_INTERPRET=1 runs the cases in Triton's interpreter")
         return 2
     if options.plant:
-        plant(device)
+        plant(options.plant, device)
         return 0
     return run_all(device, options.only, max(1, options.processes))
 

@@ -200,7 +200,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--what", type=_subjects, default=["authors", "ours", "floor"], metavar="LIST",
         help="of " + "; ".join(f"{name}: {meaning}" for name, meaning in SUBJECTS.items()) + " (authors,ours,floor)",
     )  # fmt: skip
-    parser.add_argument("--backend", choices=BACKENDS, default="triton", help="of ours (triton); it need not run here")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="triton",
+        help="of ours (triton); it need not run here; cuda is counted as with enough images for a GPU, about 100",
+    )  # fmt: skip
     parser.add_argument("--by", choices=("category", "op", "block"), default="category", help="rows (category)")
     parser.add_argument("--quick", action="store_true", help="stvit_tiny, batch 2, 64 x 64")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every row to FILE as JSON")
@@ -210,6 +213,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.model, args.batch, args.size = "stvit_tiny", 2, 64
     if args.autocast and args.dtype == "float32":
         parser.error("argument --autocast: expected a 16-bit --dtype, got float32")
+    if args.backend == "cuda" and args.dtype == "float32":
+        parser.error("argument --backend: cuda is counted in 16 bits, expected such a --dtype, got float32")
     if not 0 <= args.drop_path < 1:
         parser.error(f"argument --drop-path: expected a probability below 1, got {args.drop_path}")
     if args.batch * math.ceil(args.size / 32) ** 2 < 2:

@@ -2,7 +2,8 @@
 
 The rule: an op reads each input once and writes each output once, in one kernel. Views are free, an op in place reads
 and writes what it changes. Below that rule come the exceptions. Our own Triton ops need none: they are taken apart into
-their launches, workspace included, by bench/traffic_count.py.
+their launches, workspace included, by bench/traffic_count.py. Nor do those of the CUDA extension, whose kernels keep
+to the rule: a test holds it against the bytes that they move on an emulated device.
 """
 
 from __future__ import annotations

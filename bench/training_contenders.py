@@ -42,7 +42,7 @@ CONTENDERS: dict[str, Contender] = {
     "authors": Contender("the authors' formulation, eager, NCHW", 0, "authors", channels_last=False),
     "ours-triton": Contender("ours with the Triton kernels", 0, "ours", backend="triton"),
     "ours-graph": Contender("ours, the whole step one CUDA graph", 0, "ours", graph=True),
-    "ours-cuda": Contender("ours with the CUDA extension", 0, "ours", backend="cuda"),
+    "ours-cuda": Contender("ours with the CUDA extension, the rest with Triton", 0, "ours", backend="cuda"),
     "authors-channels-last": Contender("the authors' formulation, eager, channels_last", 0, "authors"),
     "ours-reference": Contender("ours with the PyTorch reference", 0, "ours", backend="reference"),
     "authors-compile": Contender(
@@ -91,7 +91,7 @@ class Batch(NamedTuple):
 
 
 def why_not(name: str, device: torch.device) -> list[str]:
-    """The reasons why contender `name` can't take part on this device."""
+    """The reasons why contender `name` can't take part on this device. Builds the extension if that takes part."""
     contender = CONTENDERS[name]
     reasons = []
     if contender.graph and device.type != "cuda":
@@ -99,7 +99,7 @@ def why_not(name: str, device: torch.device) -> list[str]:
     if contender.compile_mode == "max-autotune" and device.type != "cuda":
         reasons.append("max-autotune is timed on a CUDA device only")
     if contender.backend != "auto":
-        reasons += dispatch.why_not(contender.backend, device)
+        reasons += dispatch.why_not(contender.backend, device, None, True)
     if contender.backend == "triton" and dispatch.interpreting():
         reasons.append("Triton's interpreter is on, and its speed says nothing")
     return reasons

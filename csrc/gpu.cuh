@@ -85,6 +85,8 @@ __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// Matrix loads and products are done by a whole warp, whose lanes must have met: warp_barrier after a branch.
+//
 // Four 8 x 8 matrices of 16-bit numbers. Lane l gives the 16-byte row l % 8 of matrix l / 8 and gets, of each matrix,
 // entries (l / 4, 2 (l % 4)) and the next; transposed: entries (2 (l % 4), l / 4) and the one below.
 __device__ inline void load_matrices(uint32_t (&out)[4], const void* row) {

@@ -134,6 +134,7 @@ struct Spreader {
   }
 
   static __device__ void multiply(float (&values)[4][4], const uint32_t (&factors)[4], const T* near) {
+    gpu::warp_barrier();
     for (int j = 0; j < 4; j += 2) {
       uint32_t b[4];
       gpu::load_matrices_transposed(b, near + j * 8);

@@ -6,8 +6,9 @@
 // that is a row and a group later, so shared memory holds one row of tiles and little more, not two.
 //
 // A step has two phases between barriers:
-//   1. pool the group that has arrived; add the group weighed in the step before to the sums
-//   2. start the next copy; weigh: products, map, weights into shared memory
+//   1. half of the warps pool the group that has arrived, while the others add the group weighed in the step before to
+//      the sums
+//   2. all start the next copy and weigh: products, map, weights into shared memory
 // In 2. a warp owns pixels, 16 at a time; in 1. it owns channels, 8 at a time, of all pixels. So sums stay in the
 // registers of one warp from tile to tile, in a fixed order, without atomics: 16 slots, slot s holding row s / 3 - 1 of
 // the tile's neighbourhood and the super token in column c with (c + 1) % 3 = s % 3. A step to the right frees the three
@@ -189,6 +190,7 @@ struct Walker {
         const int channel = (warp - SUM_WARPS + block * SUM_WARPS) * 8;
         if (channel >= shape.channels) break;
         float sum[4] = {0, 0, 0, 0};
+        gpu::warp_barrier();
         for (int p = 0; p < walk.pixels; p += 16) {
           uint32_t b[2];
           gpu::load_two_matrices_transposed(b, pixel(slot(group), tile, p + lane % 16) + channel);
@@ -249,6 +251,7 @@ struct Walker {
   __device__ void multiply(float (&products)[2][4], char* slot, int tile, int first, int row, int column) const {
     const T* a_row = pixel(slot, tile, first + lane / 8 % 2 * 8 + lane % 8) + lane / 16 * 8;
     const T* b_row = slot_token(lane / 16 * 8 + lane % 8, row, column) + lane / 8 % 2 * 8;
+    gpu::warp_barrier();
     for (int channel = 0; channel < shape.channels; channel += 16) {
       uint32_t pixels[4], near[4];
       gpu::load_matrices(pixels, a_row + channel);
@@ -326,6 +329,7 @@ struct Walker {
 
   __device__ void add_tile(char* slot, int tile) {
     const T one = gpu::narrow<T>(1);
+    gpu::warp_barrier();
     for (int p = 0; p < walk.pixels; p += 16) {
       uint32_t factor[4];
       gpu::load_matrices_transposed(

@@ -1,23 +1,27 @@
 """The choice of a backend: which can run, why the others can't, and saying so once.
 
 An explicit ``backend=`` argument comes first, then `use_backend`, then the environment variable STVIT_BACKEND, then
-"auto": the first of `AUTO_ORDER` that can run.
+"auto": the first of `auto_order` that can run.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from . import extension
 from .geometry import DTYPES
 
 BACKENDS = ("cuda", "triton", "reference")
-AUTO_ORDER = ("triton", "cuda", "reference")  # triton first until result files say where cuda is faster
+AUTO_ORDER = ("triton", "cuda", "reference")  # where auto_order.json says nothing
 
 logger = logging.getLogger("stvit")
 _told: set[tuple[str, ...]] = set()
@@ -64,14 +68,33 @@ def available_backends() -> dict[str, list[str]]:
     return {name: why_not(name, device) for name in BACKENDS}
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
-    """The reasons why `backend` can't run on tensors of this device and dtype; an empty list means that it can."""
+def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None, build: bool = False) -> list[str]:
+    """The reasons why `backend` can't run on tensors of this device and dtype; an empty list means that it can.
+
+    An extension that is yet to be built counts as one that can run; `build` builds it, to be sure.
+    """
     if backend == "reference":
         return []
-    reasons = _triton_missing(device) if backend == "triton" else _extension_missing(device)
+    reasons = _triton_missing(device) if backend == "triton" else _extension_missing(device, build)
     if dtype is not None and dtype not in DTYPES:
         reasons.append(f"no kernel for {dtype}")
     return reasons
+
+
+@functools.cache
+def measured_orders() -> dict[str, list[str]]:
+    """Compute capability, as "9.0", -> kernels by their speed, as measured: docs/benchmarks.md says how."""
+    table = json.loads(Path(__file__).with_name("auto_order.json").read_text())
+    return {capability: entry["order"] for capability, entry in table.items()}
+
+
+def auto_order(device: torch.device) -> tuple[str, ...]:
+    """The backends in the order in which "auto" tries them."""
+    orders = measured_orders()
+    if not orders or device.type != "cuda":
+        return AUTO_ORDER
+    major, minor = torch.cuda.get_device_capability(device)
+    return (*orders.get(f"{major}.{minor}", AUTO_ORDER[:-1]), "reference")
 
 
 def interpreting() -> bool:
@@ -85,8 +108,18 @@ def _triton_missing(device: torch.device) -> list[str]:
     return [] if interpreting() else _gpu_missing(device)
 
 
-def _extension_missing(device: torch.device) -> list[str]:
-    return ["the compiled extension stvit._C is not part of this version", *_gpu_missing(device)]
+def _extension_missing(device: torch.device, build: bool = False) -> list[str]:
+    if extension.device() == "cpu":
+        return [] if device.type == "cpu" else [f"the extension in use runs on the CPU, got tensors on {device.type}"]
+    reasons = _gpu_missing(device)
+    if reasons:  # which no extension changes, and looking for one initialises CUDA
+        return reasons
+    if build:
+        try:
+            extension.load()
+        except extension.ExtensionError as error:
+            return [str(error)]
+    return extension.why_not()
 
 
 def _gpu_missing(device: torch.device) -> list[str]:
@@ -100,22 +133,31 @@ def _gpu_missing(device: torch.device) -> list[str]:
     return []
 
 
+def _only_by_name(backend: str, device: torch.device) -> list[str]:
+    """The reasons why "auto" doesn't take a backend that can run."""
+    if backend == "triton" and interpreting() and device.type == "cpu":
+        return ["Triton's interpreter runs only when asked for by name"]
+    if backend == "cuda" and device.type == "cpu":
+        return ["an extension for the CPU runs only when asked for by name"]
+    if backend == "cuda" and not extension.ready():
+        return ['it is not built yet, backend="cuda" builds it']
+    return []
+
+
 @torch.compiler.assume_constant_result
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that runs: `backend` itself, or for "auto" the first of AUTO_ORDER without a reason against it.
+    """The backend that runs: `backend` itself, or for "auto" the first of `auto_order` without a reason against it.
 
     Raises BackendError, listing every reason, when a backend named explicitly can't run.
     """
     if backend != "auto":
-        reasons = why_not(backend, device, dtype)
+        reasons = why_not(backend, device, dtype, True)
         if reasons:
             raise BackendError(f"backend={backend!r} can't run: {'; '.join(reasons)} (see python -m stvit.info)")
         return backend
     refused = []
-    for name in AUTO_ORDER:
-        reasons = why_not(name, device, dtype)
-        if name == "triton" and interpreting() and device.type == "cpu":
-            reasons = ["Triton's interpreter runs only when asked for by name"]
+    for name in auto_order(device):
+        reasons = why_not(name, device, dtype) or _only_by_name(name, device)
         if not reasons:
             break
         refused.append(f"{name}: {'; '.join(reasons)}")
@@ -132,3 +174,18 @@ def choose(backend: str, tensor: torch.Tensor) -> str:
     else:
         check_backend(backend)
     return resolve(backend, tensor.device, tensor.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _beside_the_extension(device: torch.device, dtype: torch.dtype) -> str:
+    return "reference" if why_not("triton", device, dtype) or _only_by_name("triton", device) else "triton"
+
+
+def choose_for_block(backend: str, tensor: torch.Tensor) -> str:
+    """The backend that runs an op of the rest of the block; raises as `resolve` does.
+
+    The extension holds super token sampling and upsampling alone. Beside it, the rest runs on Triton where that can run
+    and else on the reference.
+    """
+    name = choose(backend, tensor)
+    return _beside_the_extension(tensor.device, tensor.dtype) if name == "cuda" else name

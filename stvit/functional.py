@@ -120,7 +120,7 @@ def residual_depthwise(
         BackendError: the backend named can't run; every reason is listed.
     """
     check_depthwise(x, weight, bias, gelu)
-    name = dispatch.choose(backend, x)
+    name = dispatch.choose_for_block(backend, x)
     if name == "reference":
         return reference.residual_depthwise(x, weight, bias, gelu)
     return torch.ops.stvit.residual_depthwise(x, weight, bias, gelu, name)
@@ -151,7 +151,7 @@ def channel_layer_norm(
         BackendError: the backend named can't run; every reason is listed.
     """
     eps = check_norm(x, weight, bias, eps)
-    name = dispatch.choose(backend, x)
+    name = dispatch.choose_for_block(backend, x)
     if name == "reference":
         return ops.autocast(reference.channel_layer_norm(x, weight, bias, eps))
     return torch.ops.stvit.channel_layer_norm(x, weight, bias, eps, ops.autocast_dtype(x), name)[0]
@@ -166,7 +166,7 @@ def channel_layer_norm_and_skip(
     the norm, which saves a pass of 3 X. Arguments and errors are those of `channel_layer_norm`.
     """
     eps = check_norm(x, weight, bias, eps)
-    name = dispatch.choose(backend, x)
+    name = dispatch.choose_for_block(backend, x)
     if name == "reference":
         return ops.autocast(reference.channel_layer_norm(x, weight, bias, eps)), x
     return block_ops.NormAndSkip.apply(x, weight, bias, eps, ops.autocast_dtype(x), name)
@@ -196,7 +196,7 @@ def residual_branch(
     """
     check_branch(x, y, gamma, keep)
     keep = None if keep is None else keep.detach()
-    name = dispatch.choose(backend, x)
+    name = dispatch.choose_for_block(backend, x)
     if name == "reference" or (gamma is None and keep is None):
         return reference.residual_branch(x, y, gamma, keep)
     return torch.ops.stvit.residual_branch(x, y, gamma, keep, name)

@@ -79,7 +79,7 @@ class FoldedDepthwise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         whole = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-        if whole and dispatch.choose(self.backend, x) == "reference":
+        if whole and dispatch.choose_for_block(self.backend, x) == "reference":
             h = F.gelu(x) if self.gelu else x
             return F.conv2d(h, self.folded, self.conv.bias, padding=1, groups=x.shape[1])
         return functional.residual_depthwise(x, self.conv.weight, self.conv.bias, self.gelu, self.backend)

@@ -9,19 +9,24 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import stvit
-from stvit import dispatch
+from stvit import dispatch, explain, extension
 
 EXAMPLES = """\
 examples:
   python -m stvit.info                          for reading
   python -m stvit.info --json > info.json       for a bug report or a script
   STVIT_BACKEND=reference python -m stvit.info  with another default backend
+  python -m stvit.info --build                  build the CUDA extension now, not at first use
+  python -m stvit.info --explain 128x64x56x56/8x8
+                                                which kernels stage 1 of stvit_small gets at batch 128, on the GPU here
+  python -m stvit.info --explain 32x96x56x56/8x8 --dtype fp16 --gpu a100 --json
 """
 OPTIONAL = ("triton", "numpy", "safetensors", "timm", "torchvision")
 
@@ -85,7 +90,7 @@ def collect() -> dict[str, Any]:
 
     `backends` maps each backend to the reasons why it can't run here; no reasons means that it can. See `default` for
     `default_backend`, `auto_picks` and `error`.
-    `extension` is what the compiled extension was built with, None when there is none.
+    `extension` is what `stvit.extension.describe` says of the compiled extension.
     """
     return {
         "versions": {
@@ -100,8 +105,19 @@ def collect() -> dict[str, Any]:
         "gpus": gpus(),
         "backends": stvit.available_backends(),
         **default(),
-        "extension": None,
+        "extension": extension.describe(),
     }
+
+
+def extension_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where the extension is from, and what it was built with; else why there is none, and what the first use does."""
+    rows = [("extension", told["origin"] or "none")]
+    if told["built"]:
+        rows.append(("built with", ", ".join(f"{name} {value}" for name, value in told["built"].items())))
+    rows += [("", reason) for reason in told["reasons"]]
+    if told["builds_for"]:
+        rows.append(("", f'backend="cuda" builds it at first use, for {", ".join(told["builds_for"])}'))
+    return rows
 
 
 def as_text(info: dict[str, Any]) -> str:
@@ -117,7 +133,7 @@ def as_text(info: dict[str, Any]) -> str:
         rows.append((f"GPU {index}", what))
     if not info["gpus"]:
         rows.append(("GPU", "none that torch can use"))
-    rows.append(("extension", info["extension"] or "no compiled extension in this version"))
+    rows += extension_rows(info["extension"])
     rows.append(("default backend", info["default_backend"] or f"none: {info['error']}"))
     rows.append(("auto picks", info["auto_picks"]))
     lines = [f"{name:<16} {value}" for name, value in rows]
@@ -128,6 +144,14 @@ def as_text(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def shape(text: str) -> explain.Shape:
+    """A shape on the command line."""
+    try:
+        return explain.parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the information; `arguments` are those of the command line, the process's own by default."""
     parser = argparse.ArgumentParser(
@@ -136,10 +160,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print the same as one JSON object")
+    add = parser.add_argument
+    add("--json", action="store_true", help="print the same as one JSON object")
+    add("--build", action="store_true", help="build the CUDA extension first, where there is none yet")
+    add("--explain", metavar="BxCxHxW/hxw", type=shape, help="print instead which kernels pixels of this shape get")
+    add("--dtype", choices=explain.DTYPES, default="bf16", help="of the pixels to explain (default: %(default)s)")
+    add("--gpu", choices=explain.GPUS, help="to explain for (default: the GPU here, else h100)")
     options = parser.parse_args(arguments)
-    info = collect()
-    print(json.dumps(info, indent=2) if options.json else as_text(info))
+    if options.build:
+        try:
+            extension.load()
+        except extension.ExtensionError as error:
+            sys.exit(f"error: {error}")
+    if options.explain:
+        gpu = explain.GPUS[options.gpu] if options.gpu else explain.default_gpu()
+        told = explain.explain(options.explain, options.dtype, gpu)
+    else:
+        told = collect()
+    text = explain.as_text if options.explain else as_text
+    print(json.dumps(told, indent=2) if options.json else text(told))
 
 
 if __name__ == "__main__":

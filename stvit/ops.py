@@ -9,14 +9,15 @@ The backward of the detached mode (``association_grad=False``) saves the weights
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import extension
 from .geometry import accumulator, grid_size, is_channels_last, memory_format
 
 SCHEMAS = {
@@ -46,8 +47,12 @@ SCHEMAS = {
 KERNELS = {"triton": "stvit.kernels"}
 
 
-def kernels(backend: str, op: str) -> ModuleType:
-    """The module that holds a backend's kernels for an op and its backward."""
+@functools.cache
+def kernels(backend: str, op: str) -> Any:
+    """What holds a backend's kernels for an op and its backward: a module, or torch.ops.stvit_cuda."""
+    if backend == "cuda":
+        extension.load()
+        return torch.ops.stvit_cuda
     return importlib.import_module(f"{KERNELS[backend]}.{op}")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import emulated
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from bench import cases, gate, ops, ops_options, record
 from bench.block_cases import BLOCK_OPS
 from bench.cases import Implementation, Op, Problem
-from stvit import dispatch
+from stvit import dispatch, extension
 from tests.test_bench_official import bare, checkout  # noqa: F401  (fixtures)
 
 CPU = torch.device("cpu")
@@ -38,15 +39,23 @@ def problem(text: str, batch: int = 1, **options: Any) -> Problem:
     return Problem(cases.parse_shape(text), batch, torch.float32, CPU, **options)
 
 
-def test_every_op_and_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extension for CPU tensors is the one in use."""
+    monkeypatch.setattr(extension, "_state", extension._state)  # undoes use()
+    extension.use(emulated.extension())
+
+
+def test_every_op_and_mode(emulation: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "ops.json"
     assert ops.main([*SMALL, "--contenders", "triton,cuda,authors,reference", "--out", str(out)]) == 0
     content, rows = json.loads(out.read_text()), rows_of(out)
     for op in cases.OPS:
         for mode in cases.MODES:
             for pass_ in cases.PASSES:
-                if dispatch.interpreting():  # with a GPU the tests run Triton there, and nothing here
-                    kernel = rows[op.name, mode, "triton", pass_]
+                # With a GPU the tests run Triton there, and nothing here.
+                for name in ("triton", "cuda") if dispatch.interpreting() else ("cuda",):
+                    kernel = rows[op.name, mode, name, pass_]
                     assert kernel["status"] == "gate only" and kernel["interpreted"] and kernel["gate"]["passed"]
                     assert not {"median_ms", "percent_of_floor"} & set(kernel) and not kernel["speedup"]
                 timed = rows[op.name, mode, "reference", pass_]
@@ -59,10 +68,34 @@ def test_every_op_and_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert authors["format"] == "contiguous" and faster["format"] == "channels_last"
     assert ("core", "association_grad", "authors", "forward") not in rows
     assert content["environment"]["device"] == "cpu" and content["bandwidth_bytes_per_s"] == 1e9
-    assert any("extension" in reason for reason in content["unavailable"]["cuda"])
+    assert content["environment"]["extension"]["device"] == "cpu"
+    (reason,) = content["unavailable"]["cuda"]
+    assert "the extension holds super token sampling and upsampling alone" in reason
+    assert not [key for key in rows if key[2] == "cuda" and key[0] in {op.name for op in BLOCK_OPS}]
     refined = rows["attention", "detached", "authors", "forward+backward"]
     assert "d stoken_refine.qkv.weight" in refined["gate"]["errors"]
-    assert ("triton (interpreted)" in capsys.readouterr().out) == dispatch.interpreting()
+    printed = capsys.readouterr().out
+    assert "cuda (interpreted)" in printed and ("triton (interpreted)" in printed) == dispatch.interpreting()
+
+
+def test_an_extension_that_can_not_be_built_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is built before anything is timed, and the reasons are told."""
+    tried = []
+
+    def load() -> None:
+        tried.append(True)
+        raise extension.ExtensionError("compiling failed")
+
+    monkeypatch.setattr(extension, "_state", extension._State(looked=True))
+    monkeypatch.setattr(extension, "load", load)
+    monkeypatch.setattr(dispatch, "_gpu_missing", lambda device: [])
+    out = tmp_path / "ops.json"
+    assert ops.main([*SMALL, "--mode", "detached", "--contenders", "cuda,reference", "--out", str(out)]) == 0
+    assert tried and {key[2] for key in rows_of(out)} == {"reference"}
+    assert "compiling failed" in json.loads(out.read_text())["unavailable"]["cuda"]
+    assert capsys.readouterr().out.startswith("not everywhere available: cuda: compiling failed")
 
 
 @pytest.mark.parametrize("options", [["--dtype", "bf16", "--autocast"], ["--dtype", "fp16", "--format", "contiguous"]])

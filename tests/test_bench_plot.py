@@ -1,4 +1,5 @@
-"""bench.plot on result files that are made up here: tables, figures, and a README that can't drift from its files."""
+"""bench.plot and bench.auto_order on result files that are made up here: tables, figures, the order of backends, and a
+README and a table of orders that can't drift from their files."""
 
 import argparse
 import json
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, convergence, ops, plot, tables
+from bench import auto_order, cases, convergence, ops, plot, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = {
@@ -217,3 +218,78 @@ def test_failed_runs_are_drawn_as_such(tmp_path, readme):
     assert run(tmp_path / "results", readme, "--readme") == 0
     assert line(readme.read_text(), "triton, seed 0")[-1] == "failed"
     assert line(readme.read_text(), "S stage 1, 224")[3] == "failed"
+
+
+# The order of backends
+
+
+def orders(results: Path, table: Path, *flags: str) -> int:
+    return auto_order.main(["--results", str(results), "--table", str(table), *flags])
+
+
+def change(results: Path, settings: dict[str, Any], **rows: Any) -> None:
+    """Changes the rows of the op benchmark whose fields are as in `rows`."""
+    path = results / "imaginary" / "ops.json"
+    content = json.loads(path.read_text())
+    changed = [row for row in content["rows"] if all(row[name] == value for name, value in rows.items())]
+    assert changed
+    for row in changed:
+        row.update(settings)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def sound(results) -> Path:
+    """The files without the wrong result of the extension."""
+    time = {"median_ms": 0.5, "p20_ms": 0.5, "p80_ms": 0.5}
+    change(results, {"status": "timed", "error": None, **time}, status="failed gate")
+    return results
+
+
+def test_the_packaged_order_is_what_the_files_give(capsys):
+    """This repository's own."""
+    assert auto_order.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_order_of_backends_by_hand(sound, tmp_path):
+    table = tmp_path / "auto_order.json"
+    assert orders(sound, table, "--check") == 1 and not table.exists()
+    # A batch and a dtype, an op and a pass that don't count; and three shapes that do.
+    change(sound, {"median_ms": 1e6}, contender="cuda", batch=32)
+    change(sound, {"median_ms": 1e6}, contender="cuda", dtype="float32")
+    change(sound, {"median_ms": 1e6}, contender="cuda", op="attention")
+    change(sound, {"median_ms": 1e6}, contender="cuda", **{"pass": "forward"})
+    counts = {"op": "core", "batch": 128, "dtype": "bfloat16", "pass": "forward+backward"}
+    change(sound, {"median_ms": 2.0}, contender="triton", **counts)
+    change(sound, {"median_ms": 2.0}, contender="cuda", **counts)
+    change(sound, {"median_ms": 0.5}, contender="cuda", shape="S/1/224", **counts)
+    change(sound, {"median_ms": 4.0}, contender="cuda", shape="S/2/224", **counts)
+    change(sound, {"median_ms": 1.0}, contender="cuda", shape="B/1/384", **counts)
+    assert orders(sound, table) == 0
+    (capability, told), = json.loads(table.read_text()).items()
+    assert capability == "9.0" and told["order"] == ["cuda", "triton"]
+    assert told["cuda_speedup"] == pytest.approx((4 * 0.5 * 2) ** (1 / 8), abs=1e-3)  # of eight
+    assert len(told["cases"]) == 8 and "S/2/224, batch 128" in told["cases"]
+    assert told["gpus"] == ["NVIDIA Imaginary 1"] and [Path(file).name for file in told["files"]] == ["ops.json"]
+    assert orders(sound, table, "--check") == 0
+    change(sound, {"median_ms": 40.0}, contender="cuda", shape="S/2/224", **counts)
+    assert orders(sound, table, "--check") == 1
+    assert orders(sound, table) == 0
+    assert json.loads(table.read_text())["9.0"]["order"] == ["triton", "cuda"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda folder: change(folder, {"status": "failed gate"}, contender="cuda", dtype="float32"), "failed gate"),
+        (lambda folder: change(folder, {"status": "error"}, contender="triton", shape="S/1/224"), "S/1/224, batch 128"),
+        (lambda folder: change(folder, {"status": "gate only"}, contender="cuda", stage=2), "timed at stage 2"),
+        (lambda folder: change(folder, {"mode": "association_grad"}, stage=1), "timed at stage 1"),
+    ],
+)
+def test_a_gpu_without_sound_measurements_has_no_order(sound, tmp_path, capsys, spoil, why):
+    spoil(sound)
+    assert orders(sound, tmp_path / "auto_order.json") == 0
+    assert (tmp_path / "auto_order.json").read_text() == "{}\n"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert line.startswith("left out: compute capability 9.0: ") and why in line

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import emulated
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from bench.traffic_count import Counter, Saved, count_step
 from bench.traffic_fake import backward, cuda_autocast, fake_gpu
 from bench.traffic_floor import floor
 from bench.traffic_ops import CATEGORIES, Traffic, nbytes
+from stvit import extension
 from stvit.modules import SuperTokenBlock
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "traffic.md"
@@ -153,6 +155,38 @@ def test_upsampling_backward_writes_partial_sums_and_folds_them():
     assert found == Traffic(moved=walk + partial + tokens, kernels=2)
 
 
+PIXELS, TOKENS, WEIGHTS, MASS = (4, 56, 56, 64), (4, 7, 7, 64), (4, 56, 56, 9), (4, 1, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "call"),
+    [
+        ("sampling", [PIXELS], lambda op, x: op(x, 8, 8, 1, 0.125, False, "cuda")),
+        ("upsampling", [TOKENS, WEIGHTS, PIXELS], lambda op, *tensors: op(*tensors, 8, 8, True, "cuda")),
+        ("upsampling_backward", [PIXELS, WEIGHTS], lambda op, *tensors: op(*tensors, 8, 8, True, "cuda")),
+        ("sampling_backward", [TOKENS, WEIGHTS, MASS], lambda op, *tensors: op(*tensors, 8, 8, True, "cuda")),
+    ],
+)
+def test_the_extension_moves_what_the_rule_counts(op, shapes, call, monkeypatch):
+    """Stage 1 of stvit_small, on an emulated GPU that four images fill."""
+    monkeypatch.setattr(extension, "_state", extension._state)  # undoes use()
+    extension.use(emulated.extension())
+
+    def run(*tensors):
+        last = [x if x.shape == MASS else x.permute(0, 3, 1, 2) for x in tensors]
+        call(getattr(torch.ops.stvit, op), *last)
+
+    rule = counted(run, *shapes, dtype=torch.bfloat16)
+    device = emulated.device()
+    with device.limits(multiprocessors=4):
+        device.counts()
+        run(*(torch.rand(shape, dtype=torch.float32 if shape == MASS else torch.bfloat16) for shape in shapes))
+        found = device.counts()
+    assert found.launches == rule.kernels == 1
+    moved = found.loaded + found.stored
+    assert moved == rule.moved if op == "sampling" else 1 <= moved / rule.moved < 1.1
+
+
 def test_saved_bytes_are_those_of_live_nodes_each_storage_once():
     model = nn.Linear(4, 4)
     with fake_gpu():
@@ -269,6 +303,15 @@ def test_ours_stays_below_the_recorded_ceiling():
     assert told["total"] == [f"{value:.1f}" for value in megabytes]
 
 
+@needs_cuda_build
+def test_the_extension_moves_less_than_triton():
+    found = []
+    for backend in ("cuda", "triton"):
+        args = traffic.parse(["--backend", backend])
+        found.append(traffic.examine("ours", args).bytes(category="super token ops") / args.batch / 1e6)
+    assert "{:.1f} MB for super token ops instead of {:.1f} with Triton".format(*found) in DOCUMENT.read_text()
+
+
 def table(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
@@ -355,6 +398,7 @@ def test_record_writes_the_ceiling(tmp_path, monkeypatch, capsys):
         (["--batch", "0"], "--batch"),
         (["--size", "big"], "--size"),
         (["--dtype", "float32", "--autocast"], "16-bit"),
+        (["--dtype", "float32", "--backend", "cuda"], "cuda is counted in 16 bits"),
         (["--drop-path", "1"], "--drop-path"),
         (["--batch", "1", "--size", "32"], "more than one pixel"),
     ],

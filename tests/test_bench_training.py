@@ -268,6 +268,9 @@ DEPTHWISE, POINT, DENSE = [64, 1, 3, 3], [64, 32, 1, 1], [64, 32, 3, 3]
         ("multi_tensor_apply_kernel<FusedAdamMathFunctor>", ["aten::_fused_adamw_"], None, "", "optimiser"),
         ("walk_kernel", [], None, "", "super token ops"),
         ("some_kernel", ["stvit::upsampling_backward"], None, "", "super token ops"),
+        ("void stvit::walk_kernel<__half, (stvit::Map)0, true>(stvit::Walk)", [], None, "", "super token ops"),
+        ("void stvit::(anonymous namespace)::sum_kernel<float>(float const*)", [], None, "", "super token ops"),
+        ("stvit::residual_depthwise", ["stvit::residual_depthwise"], None, "", "depthwise"),  # a CPU's own operator
         (
             "void at::native::elementwise_kernel",
             ["aten::div"],

@@ -20,6 +20,7 @@ def from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("STVIT_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "_told", set())
     monkeypatch.setattr(dispatch, "_used", None)
+    monkeypatch.setattr(dispatch.extension, "_state", dispatch.extension._State())
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
@@ -45,7 +46,8 @@ def test_every_backend_has_its_list_of_reasons() -> None:
     for reasons in available.values():
         assert isinstance(reasons, list) and all(isinstance(reason, str) and reason for reason in reasons)
     if not torch.cuda.is_available():
-        assert len(available["triton"]) == 1 and "CUDA" in available["triton"][0]
+        for name in ("triton", "cuda"):
+            assert len(available[name]) == 1 and "CUDA" in available[name][0]
     assert stvit.available_backends is available_backends
 
 
@@ -63,7 +65,7 @@ def test_an_explicit_backend_that_cannot_run_says_every_reason(
 ) -> None:
     reasons = ["the first reason", "the second reason"]
     monkeypatch.setattr(dispatch, "_triton_missing", lambda device: list(reasons))
-    monkeypatch.setattr(dispatch, "_extension_missing", lambda device: list(reasons))
+    monkeypatch.setattr(dispatch, "_extension_missing", lambda device, build: list(reasons))
     for call in (lambda: sample(backend), lambda: token_upsampling(*refined(), backend)):
         with pytest.raises(BackendError) as error:
             call()
@@ -117,6 +119,7 @@ def test_auto_falls_back_and_says_so_once(said: Callable[[], list[str]]) -> None
 def test_auto_takes_the_first_that_can_run(monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]) -> None:
     usable = {"triton": [], "cuda": [], "reference": []}
     monkeypatch.setattr(dispatch, "why_not", lambda name, *_: list(usable[name]))
+    monkeypatch.setattr(dispatch, "_only_by_name", lambda *_: [])
     assert chosen() == dispatch.AUTO_ORDER[0]
     usable[dispatch.AUTO_ORDER[0]].append("it can't")
     assert chosen() == dispatch.AUTO_ORDER[1]
@@ -124,6 +127,41 @@ def test_auto_takes_the_first_that_can_run(monkeypatch: pytest.MonkeyPatch, said
     usable[dispatch.AUTO_ORDER[1]].append("nor can it")
     assert chosen() == "reference"
     assert "it can't" in said()[0] and "nor can it" in said()[0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((9, 0), ["cuda", "triton"]), ((8, 0), ["triton", "cuda"]), ((10, 0), ["triton", "cuda"])],
+)
+def test_auto_takes_what_was_measured_to_be_faster(
+    capability: tuple[int, int], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "measured_orders", lambda: {"9.0": ["cuda", "triton"], "8.0": ["triton", "cuda"]})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    usable: dict[str, list[str]] = {"triton": [], "cuda": [], "reference": []}
+    monkeypatch.setattr(dispatch, "why_not", lambda name, *_: usable[name])
+    monkeypatch.setattr(dispatch, "_only_by_name", lambda name, device: [])
+    for name in (*expected, "reference"):
+        assert dispatch.resolve("auto", torch.device("cuda"), torch.float32) == name
+        usable[name].append("it can't")
+    assert dispatch.auto_order(CPU) == dispatch.AUTO_ORDER
+
+
+def test_auto_builds_nothing_though_the_extension_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "measured_orders", lambda: {"9.0": ["cuda", "triton"]})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(dispatch.extension, "load", lambda: pytest.fail("built"))
+    monkeypatch.setattr(dispatch.extension, "why_not", list)
+    monkeypatch.setattr(dispatch.extension, "device", lambda: None)
+    for ready, expected in ((False, "triton"), (True, "cuda")):
+        monkeypatch.setattr(dispatch.extension, "ready", lambda ready=ready: ready)
+        assert dispatch.resolve("auto", torch.device("cuda"), torch.float32) == expected
+
+
+def test_the_packaged_table_names_backends() -> None:
+    orders = dispatch.measured_orders()
+    assert all(sorted(order) == ["cuda", "triton"] for order in orders.values())
 
 
 def test_the_reference_asked_for_is_not_announced(said: Callable[[], list[str]]) -> None:
@@ -188,8 +226,24 @@ def test_names_that_are_no_strings(name: object) -> None:
         pass
 
 
+def test_tensors_on_the_cpu_are_answered_without_a_look_at_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.extension, "why_not", lambda: pytest.fail("looked for the extension"))
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("initialised CUDA"))
+    assert chosen() == "reference"
+
+
+def test_the_rest_of_the_block_beside_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_extension_missing", lambda *_: [])
+    assert dispatch.choose("cuda", torch.zeros(1)) == "cuda"
+    assert dispatch.choose_for_block("cuda", torch.zeros(1)) == "reference"
+    monkeypatch.setattr(dispatch, "_triton_missing", lambda device: [])
+    assert dispatch.choose_for_block("cuda", torch.zeros(1)) == "triton"
+    assert dispatch.choose_for_block("reference", torch.zeros(1)) == "reference"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_auto_on_a_gpu_runs_kernels(said: Callable[[], list[str]]) -> None:
-    assert dispatch.choose("auto", torch.zeros(1, device="cuda")) == "triton"
+    x = torch.zeros(1, device="cuda")
+    assert dispatch.choose("auto", x) in ("triton", "cuda")
     assert available_backends()["triton"] == []
     assert not said()

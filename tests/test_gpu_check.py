@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import emulated
 import pytest
 import torch
 
 from bench import gpu_check, plot, sanitizer_cases
 from bench.gpu_check import Stage, pytest_counts, sanitizer_counts
+from stvit import explain, extension, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -130,20 +132,25 @@ def executable(path: Path, body: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("tools", "states"),
+    ("tools", "failed"),
     [
-        ({}, ["passed"] * 5),
-        ({"memcheck": "0 errors"}, ["passed", "failed", "passed", "passed", "passed"]),  # blind: finds no planted fault
-        ({"initcheck": "3 errors"}, ["passed", "passed", "passed", "passed", "failed"]),
+        ({}, []),
+        ({"triton": "0 errors"}, ["planted-triton"]),  # blind: a planted fault is not found
+        ({"cuda": "0 errors"}, ["planted-cuda"]),
+        ({"initcheck": "3 errors"}, ["initcheck"]),
     ],
 )
-def test_the_sanitizer_stage(tmp_path, monkeypatch, tools, states):
+def test_the_sanitizer_stage(tmp_path, monkeypatch, tools, failed):
     """With stand-ins for compute-sanitizer and for the program that it runs."""
-    python = executable(tmp_path / "python", 'echo "cases: 3 ran, 0 failed, backends: triton"\n')
+    python = executable(tmp_path / "python", 'echo "cases: 3 ran, 0 failed, backends: cuda, triton"\n')
     executable(
         tmp_path / "compute-sanitizer",
         f"""tool=$2
-case "$*" in *--plant*) found="{tools.get("memcheck", "1 error")}";; *) found="0 errors";; esac
+case "$*" in
+  *--plant\\ triton) found="{tools.get("triton", "1 error")}";;
+  *--plant\\ cuda) found="{tools.get("cuda", "1 error")}";;
+  *) found="0 errors";;
+esac
 [ $tool = initcheck ] && found="{tools.get("initcheck", "0 errors")}"
 echo "cases: 3 ran, 0 failed, backends: triton"
 if [ $tool = racecheck ]; then echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
@@ -154,9 +161,10 @@ else echo "========= ERROR SUMMARY: $found"; fi
     monkeypatch.setattr(gpu_check.sys, "executable", python)
     stage = Stage("sanitizer", tmp_path / "out", GPU)
     gpu_check.sanitizer(stage)
-    assert [row["step"] for row in stage.rows] == ["cases", "planted", "memcheck", "racecheck", "initcheck"]
-    assert [row["status"] for row in stage.rows] == states
-    assert stage.status == ("failed" if "failed" in states else "passed")
+    steps = ["cases", "planted-cuda", "planted-triton", "memcheck", "racecheck", "initcheck"]
+    assert [row["step"] for row in stage.rows] == steps
+    assert [row["step"] for row in stage.rows if row["status"] != "passed"] == failed
+    assert stage.status == ("failed" if failed else "passed")
 
 
 def test_the_sanitizer_stage_without_compute_sanitizer(tmp_path, monkeypatch):
@@ -172,15 +180,94 @@ def reached(backend: str, device: torch.device) -> set[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         for family in sanitizer_cases.FAMILIES.values():
             for case in family.cases:
-                if case.name == "tiny":
+                if case.name == "tiny" and backend in family.backends:
                     sanitizer_cases.run(family, case, device, backend)
     return {event.key for event in profile.key_averages() if event.key.startswith("stvit::")}
 
 
-def test_the_sanitizer_sees_every_op(device):
-    pytest.importorskip("triton")
+def test_the_sanitizer_sees_every_op(backend, device):
     every = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("stvit::")}
-    assert len(every) >= 6 and reached("triton", torch.device(device)) == every
+    if backend == "cuda":
+        every = {f"stvit::{name}" for name in ops.SCHEMAS}
+    assert len(every) >= 6 and reached(backend, torch.device(device)) == every
+
+
+def planned(case: sanitizer_cases.Case, gpu: explain.Gpu) -> str:
+    """How csrc/plan.cpp carries out the sampling of a case."""
+    shape = explain.Shape(*case.shape, *case.settings["stoken_size"])
+    limits = gpu.multiprocessors, gpu.shared_bytes
+    found = emulated.extension().plan(0, True, False, *shape, case.dtype.itemsize, *limits)
+    if not found["fits"]:
+        return "general"
+    return "two passes" if not found["pools"] else "one region" if found["regions"] == shape.batch else "regions"
+
+
+@pytest.mark.parametrize("name", ["a100", "rtx4090", "h100", "h200", "b200"])
+def test_the_walk_cases_are_planned_as_they_say(name):
+    found: dict[str, set[str]] = {}
+    for case in sanitizer_cases.walk_cases():
+        found.setdefault(case.name, set()).add(planned(case, explain.GPUS[name]))
+    assert (found["whole"], found["regions"], found["passes"]) == ({"one region"}, {"regions"}, {"two passes"})
+    assert "general" in found["channels"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bench.sanitizer_cases runs them on the GPU")
+@pytest.mark.parametrize("name", ["attention", "walks"])
+def test_the_cases_of_the_extension_pass(name, monkeypatch):
+    """Emulated: batches that fill a GPU are smaller here, and so is the GPU."""
+    monkeypatch.setattr(extension, "_state", extension._state)  # undoes use()
+    extension.use(emulated.extension())
+    family = sanitizer_cases.FAMILIES[name]
+    for case in family.cases:
+        few = case._replace(shape=(case.shape[0] // 48 or case.shape[0], *case.shape[1:]))
+        with emulated.device().limits(multiprocessors=132 if few == case else 3):
+            sanitizer_cases.run(family, few, CPU, "cuda")
+
+
+def test_the_fault_planted_in_the_extension_is_one(run_python):
+    code = """
+import torch, emulated
+from bench import sanitizer_cases
+from stvit import extension
+extension.use(emulated.extension())
+sanitizer_cases.plant("cuda", torch.device("cpu"))
+"""
+    environment = {**emulated.sanitizer_environment(), "PYTHONPATH": "tests:."}
+    child = run_python("-c", code, env=environment, check=False)
+    assert child.returncode and "ERROR: AddressSanitizer: heap-" in child.stderr and "sum_kernel" in child.stderr
+
+
+def test_backends_that_can_not_run_are_named(capsys, monkeypatch):
+    monkeypatch.setattr(sanitizer_cases.dispatch, "why_not", lambda name, *_: ["no GPU"] if name == "cuda" else [])
+    assert sanitizer_cases.able(CPU) == ["triton"]
+    assert capsys.readouterr().out == "left out: cuda: no GPU\n"
+
+
+@pytest.mark.parametrize(
+    ("missing", "ready", "ending", "status"),
+    [
+        ([], False, "exit 0", "passed"),
+        ([], False, "exit 1", "failed"),  # it does not compile
+        (["no nvcc"], False, "exit 1", "skipped"),
+        (["no nvcc"], True, "exit 0", "passed"),  # it was installed
+    ],
+)
+def test_the_extension_is_built_before_a_stage(tmp_path, monkeypatch, missing, ready, ending, status):
+    prints = 'echo "stvit            0.1"; echo "extension        built on request: there"; '
+    monkeypatch.setattr(gpu_check.sys, "executable", executable(tmp_path / "python", prints + ending))
+    monkeypatch.setattr(gpu_check.building, "obstacles", lambda: missing)
+    monkeypatch.setattr(gpu_check.extension, "ready", lambda: ready)
+    stage = Stage("ops", tmp_path / "out", GPU)
+    gpu_check.build(stage)
+    (row,) = stage.rows
+    assert row["status"] == status
+    said = {"skipped": "the CUDA extension is left out: no nvcc"}
+    assert row["note"] == said.get(status, "built on request: there")
+
+
+def test_what_is_left_out_on_a_gpu_exists():
+    for name in (*gpu_check.CPU_ONLY, *gpu_check.NEEDS):
+        assert list((ROOT / "tests").glob(f"test_{name}.py")), name
 
 
 def test_red_tests_stop_the_rest(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import stvit
-from stvit import info
+from stvit import extension, info
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,8 @@ def test_backends(as_json):
 def test_text_names_every_fact(run_python, as_json):
     text = run_python("-m", "stvit.info", env={"STVIT_BACKEND": "reference"}).stdout
     assert re.search("^default backend +reference$", text, re.MULTILINE)
-    assert "no compiled extension in this version" in text
+    for name, value in info.extension_rows(as_json["extension"]):
+        assert name in text and value in text
     for version in as_json["versions"].values():
         assert version is None or version in text
     for backend, reasons in as_json["backends"].items():
@@ -70,9 +71,31 @@ def test_reasons_are_shown_under_their_backend(as_json):
     ]
 
 
+def test_the_extension_is_shown():
+    missing = {"origin": None, "built": None, "builds_for": None, "reasons": ["not installed", "no nvcc"]}
+    assert info.extension_rows(missing) == [("extension", "none"), ("", "not installed"), ("", "no nvcc")]
+    (*_, last) = info.extension_rows({**missing, "reasons": [], "builds_for": ["8.0", "9.0+PTX"]})
+    assert last == ("", 'backend="cuda" builds it at first use, for 8.0, 9.0+PTX')
+    there = {**missing, "origin": "installed: _C.so", "built": {"nvcc": "13.0.88", "torch": "2.11"}, "reasons": []}
+    assert info.extension_rows(there) == [("extension", "installed: _C.so"), ("built with", "nvcc 13.0.88, torch 2.11")]
+
+
+def test_build_ends_in_one_message(monkeypatch, capsys):
+    def fail():
+        raise extension.ExtensionError("no nvcc")
+
+    monkeypatch.setattr(extension, "load", fail)
+    with pytest.raises(SystemExit, match="^error: no nvcc$"):
+        info.main(["--build"])
+    monkeypatch.setattr(extension, "load", lambda: None)
+    info.main(["--build", "--json"])
+    assert json.loads(capsys.readouterr().out)["versions"]["stvit"] == stvit.__version__
+
+
 def test_help_has_examples(run_python):
     shown = run_python("-m", "stvit.info", "--help").stdout
     assert "--json" in shown and "examples:" in shown and "STVIT_BACKEND" in shown
+    assert all(option in shown for option in ("--build", "--explain", "--dtype", "--gpu"))
 
 
 def test_missing_package_is_none():

@@ -6,17 +6,21 @@ import os
 import shutil
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import extensions
 import pytest
+
+from stvit import build
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     *("stvit", "kernels", "csrc", "tests", "bench", "docs"),
     *("main.py", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt"),
 )
-LITTER = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.so", "*.egg-info", ".*", "build")
+LITTER = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.so", "_C.json", "*.egg-info", ".*", "build")
 KERNELS = sorted(f"stvit.kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py"))
 
 # One process of pytest-xdist builds for all of them.
@@ -46,7 +50,7 @@ def built(tmp_path_factory, run_python) -> Built:
     """Built as `pip` and `python -m build` do, without isolation and without the network."""
     folder = tmp_path_factory.mktemp("packaging")
     checkout = copy_sources(folder / "checkout")
-    offline = {"PIP_NO_INDEX": "1"}
+    offline = {"PIP_NO_INDEX": "1", "STVIT_BUILD_CUDA": "0"}
     dist = folder / "dist"  # the sdist first, and then the wheel from the sdist
     run_python("-m", "build", "--no-isolation", "--outdir", str(dist), str(checkout), cwd=folder, env=offline)
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
@@ -98,7 +102,8 @@ def test_wheel_has_the_package_and_nothing_else(built):
     sources = {path.relative_to(built.checkout).as_posix() for path in (built.checkout / "stvit").rglob("*.py")}
     kernels = {f"stvit/kernels/{path.name}" for path in (built.checkout / "kernels").glob("*.py")}
     code = {name for name in built.wheel if ".dist-info/" not in name}
-    assert code == sources | kernels | {"stvit/py.typed"}
+    cuda = {f"stvit/csrc/{path.name}" for path in build.files(built.checkout / "csrc")}
+    assert code == sources | kernels | cuda | {"stvit/py.typed", "stvit/auto_order.json"}
     metadata = {name.split("/", 1)[1] for name in built.wheel if ".dist-info/" in name}
     assert "licenses/LICENSE" in metadata
 
@@ -107,6 +112,8 @@ def test_sdist_has_every_source(built):
     sources = {path.relative_to(built.checkout).as_posix() for path in built.checkout.rglob("*") if path.is_file()}
     sources = {name for name in sources if name.split("/")[0] in SOURCES}
     assert sources <= set(built.sdist), f"missing from the sdist: {sorted(sources - set(built.sdist))}"
+    cuda = {Path(name).suffix for name in built.sdist if name.startswith("csrc/")}
+    assert cuda >= {".cu", ".cuh", ".cpp", ".h"}
 
 
 def test_version_has_one_source(built, bare_python):
@@ -142,6 +149,86 @@ def test_the_package_named_kernels_is_not_shadowed(built, bare_python, tmp_path)
     assert bare_python(both, tmp_path, cwd=built.checkout) == expected
 
 
+def test_the_cuda_sources_are_found(built, bare_python, tmp_path):
+    code = "import json; from stvit import extension; print(json.dumps([str(extension.sources())]))"
+    assert bare_python(code, built.checkout, cwd=tmp_path) == [str(built.checkout / "csrc")]
+    assert bare_python(code, built.unpacked, cwd=tmp_path) == [str(built.unpacked / "stvit" / "csrc")]
+    enable = f"import site; site.addsitedir({str(built.editable)!r})\n"
+    assert bare_python(enable + code, built.editable, cwd=tmp_path) == [str(built.checkout / "csrc")]
+
+
+@pytest.fixture
+def wheel(tmp_path, run_python) -> Callable[..., tuple[Path | None, str]]:
+    """wheel(csrc, **environment): builds a wheel from this checkout with those CUDA sources, as
+    `pip install --no-build-isolation` does. The wheel, None where that failed, and what was said."""
+
+    def make(csrc: Path, **environment: str) -> tuple[Path | None, str]:
+        checkout = copy_sources(tmp_path / "checkout")
+        shutil.rmtree(checkout / "csrc")
+        shutil.copytree(csrc, checkout / "csrc")
+        unset = dict.fromkeys(("STVIT_BUILD_CUDA", "CUDA_PATH", "MAX_JOBS"))
+        arguments = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(checkout))
+        child = run_python(*arguments, cwd=tmp_path, env={**unset, **environment}, check=False)
+        found = next((tmp_path / "dist").glob("*.whl"), None)
+        assert (child.returncode == 0) == (found is not None)
+        return found, child.stdout + child.stderr
+
+    return make
+
+
+@pytest.fixture
+def stand_in(tmp_path) -> Path:
+    return extensions.write_stand_in(tmp_path / "csrc")
+
+
+needs_nvcc = pytest.mark.skipif(build.toolkit() is None, reason="needs nvcc")
+
+
+@needs_nvcc
+def test_a_wheel_carries_the_binary_where_it_can_be_built(wheel, stand_in, tmp_path, run_python):
+    found, said = wheel(stand_in, TORCH_CUDA_ARCH_LIST="7.5 8.0;9.0", STVIT_BUILD_CUDA="1")
+    assert found and "linux" in found.name, said
+    with zipfile.ZipFile(found) as archive:
+        assert {f"stvit/{build.FILE}", "stvit/_C.json", "stvit/csrc/kernel.cu"} <= set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    code = "import json; from stvit import extension; print(json.dumps(extension.describe()))"
+    environment = {"PYTHONPATH": str(tmp_path / "installed"), "CUDA_HOME": "/nowhere"}
+    told = json.loads(run_python("-c", code, cwd=tmp_path, env=environment).stdout)
+    assert told["origin"] == f"installed: {tmp_path}/installed/stvit/{build.FILE}" and told["reasons"] == []
+    assert told["built"]["architectures"] == "8.0 9.0" and told["built"]["device"] == "cuda"
+
+
+def test_a_wheel_without_the_extension_says_why(wheel, stand_in):
+    found, said = wheel(stand_in, CUDA_HOME="/nowhere")
+    assert found and found.name.endswith("-py3-none-any.whl")
+    told = [line for line in said.splitlines() if "without the CUDA extension" in line]
+    assert len(told) == 1 and "/nowhere/bin holds no nvcc that runs: install the CUDA toolkit" in told[0]
+
+
+def test_the_extension_is_left_out_when_told_so(wheel, stand_in):
+    found, said = wheel(stand_in, STVIT_BUILD_CUDA="0", CUDA_HOME="/nowhere")
+    assert found and found.name.endswith("-py3-none-any.whl") and "without the CUDA extension" not in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"STVIT_BUILD_CUDA": "1", "CUDA_HOME": "/nowhere"}, "and STVIT_BUILD_CUDA=1: /nowhere/bin holds no nvcc"),
+        ({"STVIT_BUILD_CUDA": "yes"}, "error: STVIT_BUILD_CUDA: expected 0, 1 or nothing, got 'yes'"),
+        pytest.param({"TORCH_CUDA_ARCH_LIST": "7.5", "STVIT_BUILD_CUDA": "1"}, "from 8.0 on", marks=needs_nvcc),
+        pytest.param({"TORCH_CUDA_ARCH_LIST": "8.0;x"}, "Unknown CUDA arch (x)", marks=needs_nvcc),
+        pytest.param({"TORCH_CUDA_ARCH_LIST": "8.0"}, "the CUDA extension does not build: ", marks=needs_nvcc),
+    ],
+)
+def test_a_build_that_fails_ends_in_one_message(environment, expected, wheel, stand_in):
+    (stand_in / "kernel.cu").write_text("#error this does not compile\n")
+    found, said = wheel(stand_in, **environment)
+    assert found is None
+    # `build` prints a traceback of its own; there is none of ours in it.
+    assert len([line for line in said.splitlines() if expected in line]) == 1, said
+    assert "BuildExtension" not in said
+
+
 # Hides the training packages as if they were not installed, and makes initialising CUDA an error.
 GUARDS = """
 import importlib.machinery
@@ -150,7 +237,7 @@ import torch
 HIDDEN = ("timm", "torchvision", "rich", "matplotlib", "sklearn", "tensorboard")
 finder = importlib.machinery.PathFinder
 find = finder.find_spec
-finder.find_spec = lambda name, *rest: None if name.split(".")[0] in HIDDEN else find(name, *rest)
+finder.find_spec = lambda name, *rest, **named: None if name.split(".")[0] in HIDDEN else find(name, *rest, **named)
 
 def no_context(*args, **kwargs):
     raise AssertionError("CUDA was initialised")
