@@ -3,6 +3,7 @@
     python -m bench.traffic                                    stvit_small, batch 128, 224 x 224, bfloat16
     python -m bench.traffic --by block --what authors,ours,floor
     python -m bench.traffic --autocast --by op --out traffic.json
+    python -m bench.traffic --inference                        a forward pass, also after optimize_for_inference
     python -m bench.traffic --record                           rewrite the ceiling that the tests hold ours to
 
 A step is forward, loss and backward; the optimiser is listed apart, since it costs the same for any batch. MB are 10^6
@@ -24,7 +25,7 @@ from torch import nn
 import stvit
 from bench import console, record
 from bench.authors_model import authors_model
-from bench.traffic_count import Counted, count_step
+from bench.traffic_count import Counted, count_inference, count_step
 from bench.traffic_floor import floor
 from stvit.dispatch import BACKENDS
 from stvit.model import CONFIGS
@@ -34,6 +35,7 @@ SUBJECTS = {
     "authors": "the authors' formulation (bench/authors_model.py), NCHW",
     "reference": "our model with the reference backend, channels_last",
     "ours": "our model with --backend, channels_last",
+    "optimized": "the same after stvit.optimize_for_inference, for --inference",
     "floor": "what has to move (bench/traffic_floor.py)",
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -79,14 +81,20 @@ def examine(what: str, args: argparse.Namespace) -> Subject:
         return _floor(args)
     if what == "authors":
         return _counted(what, lambda: authors_model(args.model, **options), args, channels_last=False)
-    backend = args.backend if what == "ours" else "reference"
-    return _counted(what, lambda: getattr(stvit, args.model)(backend=backend, **options), args)
+    backend = "reference" if what == "reference" else args.backend
+
+    def build() -> nn.Module:
+        model = getattr(stvit, args.model)(backend=backend, **options)
+        return stvit.optimize_for_inference(model) if what == "optimized" else model
+
+    return _counted(what, build, args)
 
 
 def _counted(
     what: str, build: Callable[[], nn.Module], args: argparse.Namespace, *, channels_last: bool = True
 ) -> Subject:
-    counted: Counted = count_step(
+    count = count_inference if args.inference else count_step
+    counted: Counted = count(
         build, args.batch, args.size, DTYPES[args.dtype], autocast=args.autocast, channels_last=channels_last
     )
     rows = [Row(what, *key, *moved) for key, moved in counted.rows.items()]
@@ -118,14 +126,15 @@ def show(subjects: dict[str, Subject], args: argparse.Namespace) -> None:
         "saved for the backward": lambda subject: subject.saved,
         "optimiser (MB a step)": lambda subject: args.batch * subject.optimiser,
     }
-    for name, figure in figures.items():
+    for name, figure in list(figures.items())[: 1 if args.inference else None]:
         cells = [name]
         for what, subject in columns.items():
             known = what != "floor" or name.startswith("saved")
             cells += [_mb(figure(subject), args) if known else "-"] + ([""] if what != "floor" else [])
         table.append(cells)
     numbers = f"{args.dtype} {'autocast' if args.autocast else 'activations'}"
-    title = f"{args.model}, batch {args.batch}, {args.size} x {args.size}, {numbers}: MB an image moved by a step"
+    run = "forward pass" if args.inference else "step"
+    title = f"{args.model}, batch {args.batch}, {args.size} x {args.size}, {numbers}: MB an image moved by a {run}"
     console.table(title, header, table)
 
 
@@ -197,9 +206,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--autocast", action="store_true", help="float32 weights, autocast to --dtype, as one trains")
     parser.add_argument("--drop-path", type=float, default=0.1, metavar="P", help="rate of the last block (0.1)")
     parser.add_argument(
-        "--what", type=_subjects, default=["authors", "ours", "floor"], metavar="LIST",
-        help="of " + "; ".join(f"{name}: {meaning}" for name, meaning in SUBJECTS.items()) + " (authors,ours,floor)",
+        "--what", type=_subjects, metavar="LIST",
+        help="of " + "; ".join(f"{name}: {meaning}" for name, meaning in SUBJECTS.items())
+        + " (authors,ours,floor; with --inference authors,ours,optimized)",
     )  # fmt: skip
+    parser.add_argument("--inference", action="store_true", help="a forward pass in evaluation mode, not a step")
     parser.add_argument(
         "--backend", choices=BACKENDS, default="triton",
         help="of ours (triton); it need not run here; cuda is counted as with enough images for a GPU, about 100",
@@ -215,6 +226,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("argument --autocast: expected a 16-bit --dtype, got float32")
     if args.backend == "cuda" and args.dtype == "float32":
         parser.error("argument --backend: cuda is counted in 16 bits, expected such a --dtype, got float32")
+    args.what = args.what or ["authors", "ours", "optimized" if args.inference else "floor"]
+    if args.inference and ("floor" in args.what or args.record):
+        parser.error("argument --inference: expected neither floor nor --record, which are those of a training step")
+    if "optimized" in args.what and not args.inference:
+        parser.error("argument --what: optimized is for inference only, expected --inference with it")
     if not 0 <= args.drop_path < 1:
         parser.error(f"argument --drop-path: expected a probability below 1, got {args.drop_path}")
     if args.batch * math.ceil(args.size / 32) ** 2 < 2:

@@ -1,4 +1,4 @@
-"""Counts what a training step moves without running it: the ops of forward, loss and backward over fake tensors.
+"""Counts what a training step, or a forward pass, moves without running it: the ops run over fake tensors.
 
 The tensors claim to be on a GPU, so that the ops, memory formats and autocast rules are those of CUDA; none is needed.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -156,16 +157,8 @@ def count_step(
     autocast=False: activations and weights in `dtype`. True: float32 weights under autocast to `dtype`. The optimiser
     is a fused AdamW on float32 weights either way.
     """
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    held = torch.float32 if autocast else dtype
-    with torch.device("meta"):
-        model = build().train().to(held)
-        model.to(memory_format=memory_format)  # type: ignore[call-overload]
-    counter = Counter()
-    scopes = Scopes(model, counter)
-    with fake_gpu():
-        model.to_empty(device="cuda")
-        images = torch.empty((batch, 3, size, size), dtype=held, device="cuda", memory_format=memory_format)
+    built = _on_fake_gpu(lambda: build().train(), batch, size, dtype, autocast, channels_last)
+    with built as (model, images, counter, scopes):
         labels = torch.zeros(batch, dtype=torch.long, device="cuda")
         saved = Saved(model)
         with counter, cuda_autocast(dtype if autocast else None), saved.hooks():
@@ -176,6 +169,41 @@ def count_step(
             backward(loss, lambda node: setattr(counter, "scope", scopes.of(node)))
         _optimise(counter, [parameter.shape for parameter in model.parameters()])
     return Counted(counter.rows, held_bytes, batch)
+
+
+def count_inference(
+    build: Callable[[], nn.Module],
+    batch: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    autocast: bool = False,
+    channels_last: bool = True,
+) -> Counted:
+    """Counts one forward in evaluation mode of the model that `build` returns; arguments as for `count_step`."""
+    built = _on_fake_gpu(lambda: build().eval(), batch, size, dtype, autocast, channels_last)
+    with built as (model, images, counter, _):
+        with counter, cuda_autocast(dtype if autocast else None), torch.no_grad():
+            model(images)
+    return Counted(counter.rows, 0, batch)
+
+
+@contextmanager
+def _on_fake_gpu(
+    build: Callable[[], nn.Module], batch: int, size: int, dtype: torch.dtype, autocast: bool, channels_last: bool
+) -> Iterator[tuple[nn.Module, Tensor, Counter, Scopes]]:
+    """The model, its images, and what counts its ops."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    held = torch.float32 if autocast else dtype
+    with torch.device("meta"):
+        model = build().to(held)
+        model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    counter = Counter()
+    scopes = Scopes(model, counter)
+    with fake_gpu():
+        model.to_empty(device="cuda")
+        images = torch.empty((batch, 3, size, size), dtype=held, device="cuda", memory_format=memory_format)
+        yield model, images, counter, scopes
 
 
 class Saved:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from bench import breakdown, console, official, record
-from bench.training_contenders import CONTENDERS, CONTEXT_MODELS, Case, why_not
+from bench.training_contenders import CONTENDERS, CONTEXT_MODELS, Case, modes_of, why_not
 from stvit.model import CONFIGS
 
 EXAMPLES = """examples:
@@ -44,7 +44,8 @@ CASE_LIMIT = 1200.0  # seconds: a case that takes longer hangs
 CASE_LEAST = 15.0  # seconds: with less left, no further case is begun
 QUICK_MINUTES = 7.5
 SLOW_TO_COMPILE = 3  # tier
-ON_CPU = ("authors", "authors-channels-last", "ours-reference")  # the others' compilation takes minutes there
+# The compilation of the others takes minutes there.
+ON_CPU = ("authors", "authors-channels-last", "ours-reference", "ours-optimized")
 Row = dict[str, Any]
 
 
@@ -131,6 +132,10 @@ def plan(options: argparse.Namespace, device: torch.device) -> tuple[list[Case],
         reasons = why_not(name, device)
         if reasons and options.contenders:
             console.usage_error(f"--contenders: {name} can't run here: {'; '.join(reasons)}")
+        if not modes_of(CONTENDERS[name], modes):
+            if options.contenders:
+                console.usage_error(f"--contenders: {name} takes no part in training")
+            continue
         if reasons:
             left_out.append({"contender": name, "why": "; ".join(reasons)})
             continue
@@ -141,7 +146,7 @@ def plan(options: argparse.Namespace, device: torch.device) -> tuple[list[Case],
                         model,
                         size,
                         name,
-                        modes,
+                        modes_of(CONTENDERS[name], modes),
                         batch=options.batch or (128 if on_gpu else 2),
                         dtype=options.dtype or ("bfloat16" if on_gpu else "float32"),
                         device=device.type,

@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+import stvit
 from bench import breakdown, timing, training_gate
 from bench.training_contenders import (
     CONTENDERS,
     WARM_UP,
     Case,
+    Contender,
     Step,
     captured,
     contender_model,
@@ -128,7 +130,7 @@ def measure(case: Case, mode: str, batch: int) -> Row:
         prepared = prepare(case, mode, batch)
     times = back_to_back(prepared.step, device, case.seconds)
     row.update(
-        parameters=sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
+        parameters=_trainable(prepared.model, CONTENDERS[case.contender]),
         **times._asdict(),
         images_per_s=batch / times.median * 1e3,
         images_per_s_p20=batch / times.p80 * 1e3,
@@ -143,11 +145,18 @@ def measure(case: Case, mode: str, batch: int) -> Row:
     return row
 
 
+def _trainable(model: nn.Module, contender: Contender) -> int:
+    """Weights that training changes, or would change before folding; the authors' model holds constants besides."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or contender.optimized)
+
+
 def prepare(case: Case, mode: str, batch: int) -> Prepared:
     """Builds the contender from the weights of all, and runs it until nothing is compiled or allocated any more."""
     contender, device, dtype = CONTENDERS[case.contender], torch.device(case.device), getattr(torch, case.dtype)
     data = in_format(fresh_batch(batch, case.size, device), contender)
     model = contender_model(case, reference_model(case.model).state_dict()).train(mode == "train")
+    if contender.optimized:
+        model = stvit.optimize_for_inference(model)
     began = time.perf_counter()
     forward = forward_of(model, contender, case.compile_backend)
     if mode == "train":
@@ -166,11 +175,12 @@ def prepare(case: Case, mode: str, batch: int) -> Prepared:
 
 def gate(case: Case, mode: str, prepared: Prepared, right: training_gate.Truth) -> Row:
     """Runs the prepared step once more from the weights that the truth was worked out for."""
-    weights = reference_model(case.model).state_dict()
-    with torch.no_grad():  # in place: graphs know parameters by their address
-        for name, tensor in (*prepared.model.named_parameters(), *prepared.model.named_buffers()):
-            if name in weights:
-                tensor.copy_(weights[name])
+    if mode == "train":  # whose steps have changed them
+        weights = reference_model(case.model).state_dict()
+        with torch.no_grad():  # in place: graphs know parameters by their address
+            for name, tensor in (*prepared.model.named_parameters(), *prepared.model.named_buffers()):
+                if name in weights:
+                    tensor.copy_(weights[name])
     got = training_gate.outcome(mode, prepared.step(), prepared.model)
     verdict = training_gate.check(got, right)
     row: Row = {"gate": verdict.as_row()}

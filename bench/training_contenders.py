@@ -31,6 +31,7 @@ class Contender:
     backend: str = "auto"
     compile_mode: str | None = None  # of torch.compile; None: not compiled
     graph: bool = False  # the whole step is one CUDA graph
+    optimized: bool = False  # by stvit.optimize_for_inference; takes no part in training
 
     @property
     def replays(self) -> bool:
@@ -45,6 +46,7 @@ CONTENDERS: dict[str, Contender] = {
     "ours-cuda": Contender("ours with the CUDA extension, the rest with Triton", 0, "ours", backend="cuda"),
     "authors-channels-last": Contender("the authors' formulation, eager, channels_last", 0, "authors"),
     "ours-reference": Contender("ours with the PyTorch reference", 0, "ours", backend="reference"),
+    "ours-optimized": Contender("ours after stvit.optimize_for_inference", 0, "ours", optimized=True),
     "authors-compile": Contender(
         "the authors' formulation under torch.compile, NCHW", 1, "authors", channels_last=False, compile_mode="default"
     ),
@@ -132,7 +134,7 @@ def reference_model(name: str) -> nn.Module:
 
 
 def contender_model(case: Case, weights: dict[str, Tensor]) -> nn.Module:
-    """The contender's model on the device, with `weights`, and channels_last if that is its format."""
+    """The contender's model on the device, with `weights`, and channels_last if that is its format; not optimized."""
     contender, device = CONTENDERS[case.contender], torch.device(case.device)
     model = _fresh_model(case, contender)
     unset = [name for name, _ in model.named_parameters() if name not in weights]
@@ -178,6 +180,11 @@ def forward_of(model: nn.Module, contender: Contender, compile_backend: str) -> 
     if compile_backend != "inductor":  # no modes there
         return torch.compile(model, backend=compile_backend)  # type: ignore[no-any-return]
     return torch.compile(model, mode=contender.compile_mode)  # type: ignore[no-any-return]
+
+
+def modes_of(contender: Contender, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the modes "train" and "inference" wanted that the contender takes part in."""
+    return tuple(mode for mode in wanted if mode == "inference" or not contender.optimized)
 
 
 def training_step(

@@ -7,22 +7,26 @@ the reference in the kernel's own dtype, plus a few roundings.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 from unittest import mock
 
+import emulated
 import pytest
 import torch
 from hypothesis import Phase
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stvit import extension
 from stvit.geometry import grid_size
 from stvit.kernels import configs
 
-# On a GPU bfloat16 too: in Triton's interpreter its arithmetic is wrong.
-DTYPES = [torch.float16, torch.float32, torch.float64] + [torch.bfloat16] * torch.cuda.is_available()
+KERNEL_BACKENDS = ("triton", "cuda")  # as in conftest.py
+HALF, BRAIN, SINGLE, DOUBLE = EVERY_DTYPE = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# Those that are right on every backend: in Triton's interpreter the arithmetic of bfloat16 is not.
+DTYPES = [dtype for dtype in EVERY_DTYPE if dtype != BRAIN or torch.cuda.is_available()]
 TWICE = 2.0
 # The reference's error may happen to be nil, so some roundings (eps / 2 each) of the largest true value are allowed. In
 # 16 bits, where sums are wide on both sides, one for the result and one for what it is made of. In float32 the order of
@@ -68,13 +72,25 @@ def expanded(x: Tensor) -> Tensor:
     return x[:1, :, :1].expand(x.shape) if x.shape[0] else x
 
 
+def sliced_vectors(x: Tensor) -> Tensor:
+    """As `sliced_channels_last`, but eight channels of a pixel can be moved at once; NaN around."""
+    batch, channels, height, width = x.shape
+    buffer = channels_last(poisoned(batch + 1, channels + 24 - channels % 8, height + 2, width + 3, like=x))
+    return buffer[1:, 8 : channels + 8, 1 : height + 1, 2 : width + 2].copy_(x)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    f.__name__: f for f in (contiguous, channels_last, sliced, sliced_channels_last, transposed, expanded)
+    f.__name__: f
+    for f in (contiguous, channels_last, sliced, sliced_channels_last, sliced_vectors, transposed, expanded)
 }
 
 
 class Case(NamedTuple):
-    """One call: x is (batch, channels, height, width); run is the number of tiles that a program walks, at most."""
+    """One call: x is (batch, channels, height, width).
+
+    run is the number of tiles that a program of Triton's walks, at most. limits are those of the GPU that CUDA kernels
+    are planned for, where it is emulated: multiprocessors, and bytes of shared memory.
+    """
 
     batch: int
     channels: int
@@ -87,6 +103,7 @@ class Case(NamedTuple):
     layout: str = "contiguous"
     grad_layout: str = "contiguous"
     run: int | None = None
+    limits: tuple[int, int] = (132, 232448)
     seed: int = 0
 
     @property
@@ -119,6 +136,7 @@ class Case(NamedTuple):
         shape = "x".join(map(str, (*self.shape, "tile", *self.tile)))
         notes = [str(self.dtype).removeprefix("torch."), "full" if self.full else "detached"]
         notes += [f"n_iter={self.n_iter}"] * (self.n_iter > 1) + [f"run={self.run}"] * (self.run is not None)
+        notes += ["limits={}-{}".format(*self.limits)] * (self.limits != Case._field_defaults["limits"])
         return "-".join([shape, *notes, self.layout, self.grad_layout])
 
     @property
@@ -126,7 +144,6 @@ class Case(NamedTuple):
         return self.batch, self.channels, self.height, self.width
 
 
-HALF, SINGLE, DOUBLE = torch.float16, torch.float32, torch.float64
 LAST, SLICED, SLICED_LAST = "channels_last", "sliced", "sliced_channels_last"
 # The channels of section 5 of the design, wider than any block, and the tiles, grids and layouts that it names.
 LISTED = [
@@ -162,10 +179,21 @@ LISTED = [
     *(Case(1, 6, 3, 11, (2, 2), SINGLE, full, run=run) for run in (1, 2, 4, 6) for full in (False, True)),
     Case(2, 300, 2, 12, (2, 3), HALF, True, run=4),
     Case(1, 3, 4, 10, (2, 3), DOUBLE, True, 2, run=2),
-    *(Case(2, 20, 7, 10, (4, 3), torch.bfloat16, full, 2, LAST, LAST) for full in (False, True)),
-    *(Case(1, 300, 5, 7, (2, 3), torch.bfloat16, full, layout=SLICED) for full in (False, True)),
+    *(Case(2, 20, 7, 10, (4, 3), BRAIN, full, 2, LAST, LAST) for full in (False, True)),
+    *(Case(1, 300, 5, 7, (2, 3), BRAIN, full, layout=SLICED) for full in (False, True)),
 ]
-LISTED = [case for case in LISTED if case.dtype in DTYPES]
+def each(name: str, values: Iterable[Case | torch.dtype]) -> pytest.MarkDecorator:
+    """Runs a test for each backend with each value, of a dtype or with one, that it can run on."""
+    pairs = [
+        pytest.param(backend, value, id=f"{backend}-{value.name if isinstance(value, Case) else value}")
+        for value in values
+        for backend in KERNEL_BACKENDS
+        if backend == "cuda" or (value.dtype if isinstance(value, Case) else value) in DTYPES
+    ]
+    return pytest.mark.parametrize(("backend", name), pairs, indirect=["backend"])
+
+
+each_dtype = each("dtype", EVERY_DTYPE)
 
 # A dimension is drawn from its small range unless it is among the few that a case makes large: the interpreter takes
 # milliseconds for each tile, block of pixels and block of channels, so that all cannot be large at once.
@@ -197,10 +225,11 @@ def cases(draw: st.DrawFn, rounds: int = 3) -> Case:
 
 @contextmanager
 def launching(case: Case, device: str) -> Iterator[None]:
-    """Runs of case.run tiles; and in the interpreter blocks wide enough for a case to end in time.
+    """Runs of case.run tiles, a GPU of case.limits; in the interpreter blocks wide enough for a case to end in time.
 
     Launch parameters are tuned to a GPU's registers. To the interpreter a small block costs as much as a large one.
     """
+    limits = emulated.device().limits(*case.limits) if extension.device() == "cpu" else nullcontext()
     tuned, run_length = configs.blocks, configs.run_length
 
     def blocks(x: Tensor, tile: int) -> configs.Blocks:
@@ -214,7 +243,7 @@ def launching(case: Case, device: str) -> Iterator[None]:
     def run(images: int, gh: int, gw: int) -> int:
         return run_length(images, gh, gw) if case.run is None else min(case.run, gw)
 
-    with mock.patch.object(configs, "blocks", blocks), mock.patch.object(configs, "run_length", run):
+    with limits, mock.patch.object(configs, "blocks", blocks), mock.patch.object(configs, "run_length", run):
         yield
 
 

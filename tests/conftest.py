@@ -1,4 +1,5 @@
-"""What every test runs under: interpreted Triton where there is no GPU, fixed seeds, fresh memory full of NaN."""
+"""What every test runs under: kernels interpreted or emulated where there is no GPU, fixed seeds, fresh memory full of
+NaN."""
 
 import os
 import random
@@ -18,9 +19,12 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated  # noqa: E402
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+from stvit import extension  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,6 +47,27 @@ def device() -> str:
     """Where tensors live: "cuda" where kernels run on a GPU, "cpu" where they are interpreted."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return "cuda" if torch.cuda.is_available() and not interpreted else "cpu"
+
+
+@pytest.fixture(scope="module", params=["triton", "cuda"])
+def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """Each backend with kernels of its own, or those that a test is parametrized with.
+
+    Where tensors live on the CPU "cuda" is the same sources, compiled for the CPU: see emulated.py.
+    """
+    if request.param != "cuda":
+        yield request.param
+        return
+    if device == "cpu":
+        before = extension.use(emulated.extension())
+        yield "cuda"
+        extension.use(before)
+    else:
+        try:
+            extension.load()
+        except extension.ExtensionError as error:
+            pytest.skip(f"no CUDA extension: {error}")
+        yield "cuda"
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import emulated
@@ -20,7 +21,8 @@ from bench.traffic_ops import CATEGORIES, Traffic, nbytes
 from stvit import extension
 from stvit.modules import SuperTokenBlock
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "traffic.md"
+DOCS = Path(__file__).parent.parent / "docs"
+DOCUMENT, ACCELERATE = DOCS / "traffic.md", DOCS / "accelerate.md"
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="counts the ops of a CUDA build of PyTorch")
 
 
@@ -394,12 +396,14 @@ def test_record_writes_the_ceiling(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--what", "nobody"], "expected some of authors, reference, ours, floor"),
+        (["--what", "nobody"], "expected some of authors, reference, ours, optimized, floor"),
         (["--batch", "0"], "--batch"),
         (["--size", "big"], "--size"),
         (["--dtype", "float32", "--autocast"], "16-bit"),
         (["--dtype", "float32", "--backend", "cuda"], "cuda is counted in 16 bits"),
         (["--drop-path", "1"], "--drop-path"),
+        (["--inference", "--what", "floor"], "those of a training step"),
+        (["--what", "optimized"], "expected --inference"),
         (["--batch", "1", "--size", "32"], "more than one pixel"),
     ],
 )
@@ -408,3 +412,17 @@ def test_a_wrong_command_line_is_told_in_one_line(arguments, told, capsys):
         traffic.main(arguments)
     assert exit_.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def documented_forwards() -> dict[str, list[float]]:
+    rows = re.findall(r"^\| (stvit_\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", ACCELERATE.read_text(), re.MULTILINE)
+    return {model: list(map(float, figures)) for model, *figures in rows}
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("model", ["stvit_small", "stvit_base", "stvit_large"])
+def test_the_documented_traffic_of_a_forward_pass(model):
+    args = traffic.parse(["--inference", "--model", model])
+    subjects = [traffic.examine(what, args) for what in ("authors", "ours", "optimized")]
+    assert [round(subject.bytes() / args.batch / 1e6, 1) for subject in subjects] == documented_forwards()[model]
+    assert {row.phase for subject in subjects for row in subject.rows} == {"forward"}

@@ -31,7 +31,7 @@ def case(**changes):
 
 def test_end_to_end(run_python, tmp_path):
     out, profile = tmp_path / "training.json", tmp_path / "profile.json"
-    options = "--device cpu --sizes 64 --batch 2 --seconds 0.05 --contenders ours-reference authors"
+    options = "--device cpu --sizes 64 --batch 2 --seconds 0.05 --contenders ours-optimized ours-reference authors"
     done = run_python("-m", "bench.training", *options.split(), "--out", str(out), "--profile", str(profile), env=QUIET)
     assert "stvit_tiny train at 64" in done.stdout and "CPU: a trial of the tool" in done.stdout
     content = json.loads(out.read_text())
@@ -42,6 +42,7 @@ def test_end_to_end(run_python, tmp_path):
         ("authors", "inference"),
         ("ours-reference", "train"),
         ("ours-reference", "inference"),
+        ("ours-optimized", "inference"),
     ]
     assert [(row["contender"], row["mode"]) for row in rows] == cases  # by importance, not as asked for
     for row in rows:
@@ -51,11 +52,12 @@ def test_end_to_end(run_python, tmp_path):
     assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4)
     assert rows[0]["gradient_norm"] == pytest.approx(rows[2]["gradient_norm"], rel=1e-3)
     profiles = json.loads(profile.read_text())
-    assert profiles["kind"] == "profile" and len(profiles["rows"]) == 4
+    assert profiles["kind"] == "profile" and len(profiles["rows"]) == 5
     for row in profiles["rows"]:
         assert sum(row["categories"].values()) == pytest.approx(row["busy_ms"])
         assert sum(row["parts"].values()) == pytest.approx(row["busy_ms"])
-        assert {"super token ops", "depthwise", "1x1 products", "convolutions", "norms"} <= set(row["categories"])
+        norms = {"norms"} if row["contender"] != "ours-optimized" else set()  # see the test's name
+        assert {"super token ops", "depthwise", "1x1 products", "convolutions"} | norms <= set(row["categories"])
         assert ("optimiser" in row["categories"]) == (row["mode"] == "train")
         assert "stage 1 super token attention" in row["parts"] and "stage 3 super token attention" not in row["parts"]
         # The backward is given to the part whose forward it belongs to.
@@ -240,6 +242,7 @@ def test_the_most_important_cases_come_first(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--train", "--contenders", "ours-optimized"], "ours-optimized takes no part in training"),
         (["--contenders", "ours-graph"], "ours-graph can't run here: CUDA graphs need a CUDA device"),
         (["--contenders", "nobody"], "invalid choice: 'nobody'"),
         (["--official", "nowhere"], "expected a checkout of the authors' repository"),

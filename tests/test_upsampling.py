@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, LISTED, PHASES, Case, assert_within_twice, cases, far_apart, launching
+from cases import LAYOUTS, LISTED, PHASES, Case, assert_within_twice, cases, each, each_dtype, far_apart, launching
 from hypothesis import given, settings
 from torch import Tensor
+from vectorized_cases import VECTORIZED, vectorized_cases
 
 from stvit import Association, super_token_sampling, token_upsampling
 from stvit.geometry import memory_format
-
-ids = {"ids": lambda case: case.name if isinstance(case, Case) else str(case)}
 
 
 def compute(case: Case, stokens: Tensor, weights: Tensor, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -34,85 +33,99 @@ def compute(case: Case, stokens: Tensor, weights: Tensor, backend: str, dtype: t
     return results
 
 
-def check(case: Case, device: str) -> None:
+def check(case: Case, backend: str, device: str) -> None:
     stokens, weights = case.random(device, case.channels, case.grid, case.layout), case.weights(device)
     truth, reference = (
         compute(case, stokens, weights, "reference", dtype) for dtype in (torch.float64, case.dtype)
     )
     with launching(case, device):
-        kernel = compute(case, stokens, weights, "triton", case.dtype)
+        kernel = compute(case, stokens, weights, backend, case.dtype)
     assert_within_twice(kernel, reference, truth, case.dtype)
 
 
 # Rounds are sampling's alone.
-@pytest.mark.parametrize("case", [case for case in LISTED if case.n_iter == 1 or case.channels == 3], **ids)
-def test_listed_cases(case: Case, device: str) -> None:
-    check(case, device)
+@each("case", [case for case in LISTED if case.n_iter == 1 or case.channels == 3])
+def test_listed_cases(case: Case, backend: str, device: str) -> None:
+    check(case, backend, device)
 
 
 @given(case=cases(rounds=1))
 @settings(max_examples=60, phases=PHASES)
-def test_drawn_cases(case: Case, device: str) -> None:
-    check(case, device)
+def test_drawn_cases(case: Case, backend: str, device: str) -> None:
+    check(case, backend, device)
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("case", VECTORIZED, ids=lambda case: case.name)
+def test_vectorized_cases(case: Case, backend: str, device: str) -> None:
+    check(case, backend, device)
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+@given(case=vectorized_cases(rounds=1))
+@settings(max_examples=100, phases=PHASES)
+def test_drawn_vectorized_cases(case: Case, backend: str, device: str) -> None:
+    check(case, backend, device)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["detached", "full"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_of_any_layout(layout: str, full: bool, device: str) -> None:
+def test_weights_of_any_layout(layout: str, full: bool, backend: str, device: str) -> None:
     """Someone else's association need not lie in memory as sampling's does."""
     case = Case(2, 4, 3, 5, (2, 3), torch.float32, full)
     stokens, weights = case.random(device, 4, case.grid, "contiguous"), LAYOUTS[layout](case.weights(device))
     truth, reference, kernel = (
-        compute(case, stokens, weights, backend, dtype)
-        for backend, dtype in (("reference", torch.float64), ("reference", case.dtype), ("triton", case.dtype))
+        compute(case, stokens, weights, name, dtype)
+        for name, dtype in (("reference", torch.float64), ("reference", case.dtype), (backend, case.dtype))
     )
     assert_within_twice(kernel, reference, truth, case.dtype)
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("full", [False, True], ids=["detached", "full"])
 @pytest.mark.parametrize("run", [1, 2, 5])
-def test_runs_of_any_length_agree(run: int, full: bool, device: str) -> None:
+def test_runs_of_any_length_agree(run: int, full: bool, backend: str, device: str) -> None:
     case = Case(2, 3, 3, 9, (2, 2), torch.float64, full)
     stokens, weights = case.random(device, 3, case.grid, "channels_last"), case.weights(device)
     results = []
     for length in (1, run):
         with launching(case._replace(run=length), device):
-            results.append(compute(case, stokens, weights, "triton", case.dtype))
+            results.append(compute(case, stokens, weights, backend, case.dtype))
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["detached", "full"])
-def test_results_repeat_bit_for_bit(full: bool, device: str) -> None:
+def test_results_repeat_bit_for_bit(full: bool, backend: str, device: str) -> None:
     case = Case(2, 20, 7, 7, (4, 3), torch.float16, full, run=2)
     stokens, weights = case.random(device, 20, case.grid, "channels_last"), case.weights(device)
     with launching(case, device):
-        first, second = (compute(case, stokens, weights, "triton", case.dtype) for _ in range(2))
+        first, second = (compute(case, stokens, weights, backend, case.dtype) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("where", ["stokens", "weights"])
-def test_nan_and_infinity_spread_as_in_the_reference(value: float, where: str, device: str) -> None:
+def test_nan_and_infinity_spread_as_in_the_reference(value: float, where: str, backend: str, device: str) -> None:
     case = Case(1, 3, 7, 13, (2, 3), torch.float32, True, run=3)
     given = {"stokens": case.random(device, 3, case.grid, "contiguous"), "weights": case.weights(device)}
     given[where][0, 1, 2, 2] = value
     with launching(case, device):
-        kernel, reference = (compute(case, *given.values(), backend, case.dtype) for backend in ("triton", "reference"))
+        kernel, reference = (compute(case, *given.values(), name, case.dtype) for name in (backend, "reference"))
     assert not kernel["y"].isfinite().all() and kernel["y"].isfinite().any()
     for name in kernel:
         torch.testing.assert_close(kernel[name], reference[name], equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_other_channels_than_were_sampled(dtype: torch.dtype, device: str) -> None:
+@each_dtype
+def test_other_channels_than_were_sampled(dtype: torch.dtype, backend: str, device: str) -> None:
     x = torch.randn(2, 5, 4, 6, dtype=dtype, device=device)
     _, association = super_token_sampling(x, (2, 3), backend="reference")
     stokens = torch.randn(2, 11, 2, 2, dtype=dtype, device=device)
     kernel, reference, truth = (
-        {"y": token_upsampling(tokens, association, backend)}
-        for backend, tokens in (("triton", stokens), ("reference", stokens), ("reference", stokens.double()))
+        {"y": token_upsampling(tokens, association, name)}
+        for name, tokens in ((backend, stokens), ("reference", stokens), ("reference", stokens.double()))
     )
     assert kernel["y"].shape == (2, 11, 4, 6)
     assert_within_twice(kernel, reference, truth, dtype)
@@ -125,17 +138,19 @@ def test_other_channels_than_were_sampled(dtype: torch.dtype, device: str) -> No
      (torch.float64, torch.float64)],
     ids=str,
 )  # fmt: skip
-def test_a_residual_is_added(dtype: torch.dtype, residual_dtype: torch.dtype, full: bool, device: str) -> None:
+def test_a_residual_is_added(
+    dtype: torch.dtype, residual_dtype: torch.dtype, full: bool, backend: str, device: str
+) -> None:
     """In the dtype that PyTorch promotes both to, which gradients flow in too; each input's comes back in its own."""
     case = Case(2, 20, 5, 7, (2, 3), dtype, full, layout="sliced", grad_layout="channels_last")
     given = (case.random(device, 20, case.grid, case.layout), case.weights(device),
              case._replace(dtype=residual_dtype).random(device, 20, (5, 7), case.layout))  # fmt: skip
     mass = torch.ones(2, 1, *case.grid, device=device)
     results = []
-    for backend, dtypes in (("triton", None), ("reference", None), ("reference", torch.float64)):
+    for name, dtypes in ((backend, None), ("reference", None), ("reference", torch.float64)):
         stokens, weights, residual = (t.to(dtypes or t.dtype).detach().requires_grad_() for t in given)
         association = Association(weights if full else weights.detach(), mass, case.tile, True)
-        y = token_upsampling(stokens, association, backend, residual=residual)
+        y = token_upsampling(stokens, association, name, residual=residual)
         assert y.is_contiguous(memory_format=torch.channels_last)
         inputs = (stokens, residual, weights)[: 2 + full]
         grads = torch.autograd.grad(y, inputs, case.random(device, 20, (5, 7), case.grad_layout).to(y.dtype))
@@ -147,7 +162,7 @@ def test_a_residual_is_added(dtype: torch.dtype, residual_dtype: torch.dtype, fu
 @pytest.mark.parametrize("dimension", range(4), ids=["image", "channel", "row", "column"])
 @pytest.mark.parametrize("far", ["stokens", "grad_y"])
 def test_offsets_beyond_two_to_the_31(
-    far: str, dimension: int, device: str, monkeypatch: pytest.MonkeyPatch
+    far: str, dimension: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = [1, 2, 2, 2]
     if (far, dimension) != ("grad_y", 3):  # its columns are twice as many already
@@ -161,7 +176,7 @@ def test_offsets_beyond_two_to_the_31(
     results = []
     for tokens, grad in ((stokens, grad_y), (moved, grad_y) if far == "stokens" else (stokens, moved)):
         tokens = tokens.detach().requires_grad_()
-        y = token_upsampling(tokens, association, "triton")
+        y = token_upsampling(tokens, association, backend)
         results.append((y, *torch.autograd.grad(y, (tokens, weights), grad)))
     for near, distant in zip(*results, strict=True):
         torch.testing.assert_close(distant, near, rtol=1e-2, atol=1e-3)
