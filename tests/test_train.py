@@ -340,6 +340,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, photos, capsys):
     assert len(rows(tmp_path / "log.txt")) == 1
 
 
+def test_ctrl_c_while_a_loader_starts(photos, tmp_path, run_python):
+    """PyTorch's loader is then half made, and its destructor raises."""
+    arguments = flags(photos, "--epochs", "2", "--num_workers", "1", "--output_dir", str(tmp_path))
+    code = f"""
+import sys
+from torch.utils.data import dataloader
+from stvit.train.cli import main
+def start(self, loader):
+    raise KeyboardInterrupt
+dataloader._MultiProcessingDataLoaderIter.__init__ = start
+sys.exit(main({arguments!r}))
+"""
+    child = run_python("-c", code, check=False)
+    assert child.returncode == 130 and "interrupted" in child.stderr, child.stderr
+    assert "Traceback" not in child.stderr + child.stdout
+
+
 def test_ctrl_c(photos, tmp_path):
     arguments = flags(photos, "--epochs", "500", "--num_workers", "1", "--output_dir", str(tmp_path))
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +190,9 @@ class _Training:
         try:
             with self.screen.progress():
                 self._epochs(trainer, log)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            with _quiet_destructors():
+                traceback.clear_frames(interrupt.__traceback__)
             log.draw()
             raise Interrupted(self._how_to_go_on()) from None
         log.draw()
@@ -316,3 +322,13 @@ def _flag(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
     return f"--{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+@contextmanager
+def _quiet_destructors() -> Iterator[None]:
+    """Within, what fails in a destructor is not printed: PyTorch's loaders do when they are cut off while they start."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
