@@ -50,7 +50,7 @@ def extension_options():
     os.environ.update(build.environment(tools, wanted))
     return {
         "ext_modules": [build.extension(SOURCES, tools, wanted)],
-        "cmdclass": {"build_ext": build.build_ext(SOURCES)},
+        "cmdclass": {"build_ext": build.build_ext(SOURCES, wanted)},
     }
 
 

@@ -50,13 +50,24 @@ void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 bool is_channels_last(const Tensor& x) { return x.stride(1) == 1 && x.stride(3) != 1; }
 
 Shape shape_of(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t h, int64_t w) {
-  TORCH_CHECK_VALUE(h > 0 && w > 0, "h, w: expected a tile of at least one pixel, got ", h, " x ", w);
+  constexpr int64_t most = 1 << 30;
+  TORCH_CHECK_VALUE(h > 0 && w > 0 && h <= most / w, "h, w: expected a tile of 1 to 2^30 pixels, got ", h, " x ", w);
+  TORCH_CHECK_VALUE(channels > 0 && height > 0 && width > 0 && height < most && width < most,
+                    "expected at least one channel, row and column, and fewer than 2^30 rows and columns, got ",
+                    channels, " channels of ", height, " x ", width);
   const auto up = [](int64_t n, int64_t by) { return int((n + by - 1) / by); };
   return {batch, channels, height, width, int(h), int(w), up(height, h), up(width, w)};
 }
 Shape shape_of(const Tensor& pixels, int64_t h, int64_t w) {
   TORCH_CHECK_VALUE(pixels.dim() == 4, "expected pixels (B, C, H, W), got ", pixels.dim(), " dimensions");
   return shape_of(pixels.size(0), pixels.size(1), pixels.size(2), pixels.size(3), h, w);
+}
+
+// Of super tokens and the weights of pixels.
+Shape shape_for(const Tensor& stokens, const Tensor& weights, int64_t h, int64_t w) {
+  TORCH_CHECK_VALUE(stokens.dim() == 4, "expected super tokens (B, C, gh, gw), got ", stokens.dim(), " dimensions");
+  TORCH_CHECK_VALUE(weights.dim() == 4, "weights: expected (B, 9, H, W), got ", weights.dim(), " dimensions");
+  return shape_of(stokens.size(0), stokens.size(1), weights.size(2), weights.size(3), h, w);
 }
 
 Tensor empty_image(const Tensor& like, int64_t channels, int64_t rows, int64_t columns, bool channels_last,
@@ -71,16 +82,36 @@ Tensor empty_weights(const Tensor& x) {
 // Weights (B, 9, H, W) with memory (B, H, W, 9), copied only where someone else made them otherwise.
 Tensor by_pixel(const Tensor& weights) { return weights.permute({0, 2, 3, 1}).contiguous().permute({0, 3, 1, 2}); }
 
+// Kernels trust their arguments: this is what they rely on.
+void expect(const char* name, const Tensor& given, const Tensor& like, at::IntArrayRef sizes,
+            std::optional<at::ScalarType> type = {}) {
+  TORCH_CHECK_VALUE(given.sizes() == sizes, name, ": expected the shape ", sizes, ", got ", given.sizes());
+  const auto wanted = type.value_or(like.scalar_type());
+  TORCH_CHECK_TYPE(given.scalar_type() == wanted, name, ": expected ", wanted, ", got ", given.scalar_type());
+  TORCH_CHECK_VALUE(given.device() == like.device(), name, ": expected it on ", like.device(), ", got ",
+                    given.device());
+}
+at::ScalarType sum_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+void expect_weights(const Tensor& weights, const Tensor& like, const Shape& shape) {
+  expect("weights", weights, like, {shape.batch, 9, shape.height, shape.width});
+}
+void expect_stokens(const char* name, const Tensor& stokens, const Tensor& like, const Shape& shape) {
+  expect(name, stokens, like, {shape.batch, shape.channels, shape.gh, shape.gw});
+}
+void expect_mass(const Tensor& mass, const Tensor& like, const Shape& shape) {
+  expect("mass", mass, like, {shape.batch, 1, shape.gh, shape.gw}, sum_type(like));
+  TORCH_CHECK_VALUE(mass.is_contiguous(), "mass: expected it contiguous");
+}
+
 // --- Super token sampling ---
 
 using Sampled = std::tuple<Tensor, Tensor, Tensor>;  // stokens, weights, mass
 
 // One round. Without tokens the means over the tiles are pooled, and left in `pooled`.
 Sampled sample(const Tensor& x, const Tensor* tokens, Tensor& pooled, const Shape& shape, double scale) {
-  const auto sum_type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   Tensor stokens = empty_image(x, shape.channels, shape.gh, shape.gw, is_channels_last(x));
   Tensor weights = empty_weights(x);
-  Tensor mass = at::empty({shape.batch, 1, shape.gh, shape.gw}, x.options().dtype(sum_type));
+  Tensor mass = at::empty({shape.batch, 1, shape.gh, shape.gw}, x.options().dtype(sum_type(x)));
   Tensor padding;  // lives until the launch; the caching allocator then keeps it for this stream
   PixelsToTokens call{type_of(x.scalar_type()), shape, Map::associate, scale, view(x)};
   if (tokens) call.tokens = view(*tokens);
@@ -114,10 +145,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampling(const Tensor& x, int64_t h, 
 Tensor sampling_backward(const Tensor& grad_stokens, const Tensor& weights, const Tensor& mass, int64_t h, int64_t w,
                          bool channels_last) {
   const CUDAGuard guard(grad_stokens.device());
+  const Shape shape = shape_for(grad_stokens, weights, h, w);
+  expect_stokens("grad_stokens", grad_stokens, grad_stokens, shape);
+  expect_weights(weights, grad_stokens, shape);
+  expect_mass(mass, grad_stokens, shape);
   const Tensor given = by_pixel(weights);
-  Tensor grad_x = empty_image(grad_stokens, grad_stokens.size(1), weights.size(2), weights.size(3), channels_last);
-  TokensToPixels call{type_of(grad_stokens.scalar_type()), shape_of(grad_x, h, w), view(grad_stokens),
-                      given.data_ptr()};
+  Tensor grad_x = empty_image(grad_stokens, shape.channels, shape.height, shape.width, channels_last);
+  TokensToPixels call{type_of(grad_stokens.scalar_type()), shape, view(grad_stokens), given.data_ptr()};
   call.mass = mass.data_ptr();
   call.pixels = view(grad_x);
   call.pixels_type = call.type;
@@ -160,6 +194,12 @@ Tensor sampling_backward_full(const std::optional<Tensor>& grad_stokens, const s
                               const Tensor& mass, int64_t h, int64_t w, int64_t n_iter, double scale) {
   const CUDAGuard guard(x.device());
   const Shape shape = shape_of(x, h, w);
+  if (grad_stokens) expect_stokens("grad_stokens", *grad_stokens, x, shape);
+  if (grad_weights) expect_weights(*grad_weights, x, shape);
+  expect_stokens("stokens", stokens, x, shape);
+  expect("pooled", pooled, x, {shape.batch, shape.gh, shape.gw, shape.channels});
+  expect_weights(weights, x, shape);
+  expect_mass(mass, x, shape);
   Tensor unused;
   std::vector<Tensor> rounds{pooled.permute({0, 3, 1, 2})};
   std::vector<Sampled> saved;
@@ -167,7 +207,7 @@ Tensor sampling_backward_full(const std::optional<Tensor>& grad_stokens, const s
     saved.push_back(sample(x, &rounds.back(), unused, shape, scale));
     rounds.push_back(std::get<0>(saved.back()));
   }
-  saved.emplace_back(stokens, weights, mass);
+  saved.emplace_back(stokens, by_pixel(weights), mass);
   Tensor grad = grad_stokens ? *grad_stokens : at::zeros_like(stokens);
   std::optional<Tensor> by_weights = grad_weights ? std::optional(by_pixel(*grad_weights)) : std::nullopt;
   Tensor grad_x;
@@ -185,10 +225,16 @@ Tensor sampling_backward_full(const std::optional<Tensor>& grad_stokens, const s
 Tensor upsampling(const Tensor& stokens, const Tensor& weights, int64_t h, int64_t w, bool channels_last,
                   const std::optional<Tensor>& residual) {
   const CUDAGuard guard(stokens.device());
+  const Shape shape = shape_for(stokens, weights, h, w);
+  expect_stokens("stokens", stokens, stokens, shape);
+  expect_weights(weights, stokens, shape);
+  if (residual)
+    expect("residual", *residual, stokens, {shape.batch, shape.channels, shape.height, shape.width},
+           residual->scalar_type());
   const auto type = residual ? at::result_type(stokens, *residual) : stokens.scalar_type();
   const Tensor given = by_pixel(weights);
-  Tensor y = empty_image(stokens, stokens.size(1), weights.size(2), weights.size(3), channels_last, type);
-  TokensToPixels call{type_of(stokens.scalar_type()), shape_of(y, h, w), view(stokens), given.data_ptr()};
+  Tensor y = empty_image(stokens, shape.channels, shape.height, shape.width, channels_last, type);
+  TokensToPixels call{type_of(stokens.scalar_type()), shape, view(stokens), given.data_ptr()};
   if (residual) {
     call.residual = view(*residual);
     call.residual_type = type_of(residual->scalar_type());
@@ -203,6 +249,7 @@ Tensor upsampling(const Tensor& stokens, const Tensor& weights, int64_t h, int64
 Tensor upsampling_backward(const Tensor& grad_y, const Tensor& weights, int64_t h, int64_t w, bool channels_last) {
   const CUDAGuard guard(grad_y.device());
   const Shape shape = shape_of(grad_y, h, w);
+  expect_weights(weights, grad_y, shape);
   const Tensor given = by_pixel(weights);
   Tensor grad_stokens = empty_image(grad_y, shape.channels, shape.gh, shape.gw, channels_last);
   PixelsToTokens call{type_of(grad_y.scalar_type()), shape, Map::weighted, 1, view(grad_y)};
@@ -217,6 +264,8 @@ std::tuple<Tensor, Tensor> upsampling_backward_full(const Tensor& grad_y, const 
                                                     int64_t h, int64_t w) {
   const CUDAGuard guard(grad_y.device());
   const Shape shape = shape_of(grad_y, h, w);
+  expect_stokens("stokens", stokens, grad_y, shape);
+  expect_weights(weights, grad_y, shape);
   const Tensor given = by_pixel(weights);
   Tensor grad_stokens = empty_image(stokens, shape.channels, shape.gh, shape.gw, is_channels_last(stokens));
   Tensor grad_weights = empty_weights(grad_y);

@@ -24,8 +24,8 @@ __device__ inline void associate(const float (&products)[3], int count, float sc
   most = largest_of_four(most);
   float shares[3] = {}, sum = 0;
   for (int i = 0; i < count; ++i) sum += shares[i] = gpu::exponential(products[i] * scale - most);
-  sum = sum_of_four(sum);
-  for (int i = 0; i < 3; ++i) weights[i] = gpu::narrow<T>(shares[i] / sum);
+  const float one = 1.f / sum_of_four(sum);
+  for (int i = 0; i < 3; ++i) weights[i] = gpu::narrow<T>(shares[i] * one);
 }
 
 // dlogit = A (dA - sum A dA / sum A): rounded, nine weights near 0 and 1 sum to 1 only to a rounding.

@@ -49,20 +49,27 @@ struct Weigher {
 
   __device__ void multiply(S (&products)[9]) const {
     const T* tokens = static_cast<const T*>(call.tokens.data) + image * call.tokens.image;
+    const T* near[9];  // null outside the grid
+    S masses[9];
 #pragma unroll
     for (int k = 0; k < 9; ++k) {
       int64_t near_row, near_column;
       const bool known = inside(k, near_row, near_column);
-      const T* token = tokens + near_row * call.tokens.row + near_column * call.tokens.column;
-      const S mass = MAP == Map::differentiate && known ? mass_of(near_row, near_column) : S(1);
-      S sum = 0;
-      for (int64_t c = lane; c < shape.channels; c += 32) {
-        S value = known ? S(gpu::widen(gpu::load(token + c * call.tokens.channel))) : S(0);
-        if (MAP == Map::differentiate) value = gpu::widen(gpu::narrow<T>(value / (mass + S(1e-12))));
-        sum += value * (pixel ? S(gpu::widen(gpu::load(pixel + c * call.pixels.channel))) : S(0));
-      }
-      products[k] = over_warp(sum);
+      near[k] = known ? tokens + near_row * call.tokens.row + near_column * call.tokens.column : nullptr;
+      masses[k] = MAP == Map::differentiate && known ? mass_of(near_row, near_column) : S(1);
+      products[k] = 0;
     }
+    for (int64_t c = lane; c < shape.channels; c += 32) {
+      const S value = pixel ? S(gpu::widen(gpu::load(pixel + c * call.pixels.channel))) : S(0);
+#pragma unroll
+      for (int k = 0; k < 9; ++k) {
+        S token = near[k] ? S(gpu::widen(gpu::load(near[k] + c * call.tokens.channel))) : S(0);
+        if (MAP == Map::differentiate) token = gpu::widen(gpu::narrow<T>(token / (masses[k] + S(1e-12))));
+        products[k] += value * token;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 9; ++k) products[k] = over_warp(products[k]);
   }
   __device__ S mass_of(int64_t near_row, int64_t near_column) const {
     return gpu::load(static_cast<const S*>(call.mass) + (image * shape.gh + near_row) * shape.gw + near_column);

@@ -21,7 +21,7 @@ void lay_out(Walk& walk, const Task& task, const Shape& shape) {
   walk.weight_row = int(round_up(shape.w * 18 + 14, 16));
   const int given = task.map == Map::associate ? 0 : 1 + task.grad;
   const int64_t slot = int64_t(walk.group) * (walk.pixels * walk.stride * 2 + given * shape.h * walk.weight_row);
-  const int64_t tokens = task.map == Map::weighted ? 0 : (4 * walk.known_columns + 1) * walk.stride * 2;
+  const int64_t tokens = task.map == Map::weighted ? 0 : (4 * int64_t(walk.known_columns) + 1) * walk.stride * 2;
   const int64_t totals = 3 * walk.columns * channels * 4;
   const int64_t masses = task.map == Map::associate ? round_up(SUM_WARPS * 3 * walk.columns * 4, 16) : 0;
   const int64_t weights = int64_t(walk.group) * walk.pixels * WEIGHTS_STRIDE * 2;
@@ -41,16 +41,18 @@ int64_t tiles_read(int grid, int size, int halo) {
   return tiles;
 }
 
-// The largest group, and then the deepest prefetch, that fit into shared memory.
+// The largest group that fits into shared memory with two more on their way, so that copies run while one is worked on;
+// then the deepest prefetch. With one on its way where two don't fit.
 bool fit(Walk& walk, const Task& task, const Shape& shape, const Limits& limits) {
   const int tile = int(round_up(shape.h * shape.w, 16));
   // A group of 256 pixels is 16 for each warp.
   const int most = std::clamp(16 * WALK_WARPS / tile, 1, std::min(walk.columns + 2, shape.gw));
-  for (walk.group = most; walk.group >= 1; walk.group /= 2)
-    for (walk.ahead = 3; walk.ahead >= 1; --walk.ahead) {
-      lay_out(walk, task, shape);
-      if (walk.shared_bytes <= limits.shared_bytes) return true;
-    }
+  for (const int least : {2, 1})
+    for (walk.group = most; walk.group >= 1; --walk.group)
+      for (walk.ahead = 3; walk.ahead >= least; --walk.ahead) {
+        lay_out(walk, task, shape);
+        if (walk.shared_bytes <= limits.shared_bytes) return true;
+      }
   return false;
 }
 
@@ -65,9 +67,9 @@ double cost(const Walk& walk, const Limits& limits) {
 Walk plan(const Task& task, const Shape& shape, const Limits& limits) {
   Walk best;
   double least = 0;
-  if (!task.vectors || shape.channels % 8 || shape.channels > WALK_CHANNELS || shape.h * shape.w > WALK_TILE ||
-      shape.batch == 0)
-    return best;
+  const bool small = shape.channels <= WALK_CHANNELS && int64_t(shape.h) * shape.w <= WALK_TILE;
+  const bool empty = shape.batch == 0 || shape.channels == 0 || shape.gh == 0 || shape.gw == 0;
+  if (!task.vectors || shape.channels % 8 || !small || empty) return best;
   for (int pools = task.pool; pools >= 0; --pools)
     for (int rows = shape.gh;; rows = (rows + 1) / 2) {
       for (int columns = shape.gw;; columns = (columns + 1) / 2) {

@@ -61,7 +61,7 @@ Walk plan(const Task&, const Shape&, const Limits&);
 
 constexpr int WALK_WARPS = 16;
 constexpr int SUM_WARPS = 8;        // those that sum; the others pool meanwhile
-constexpr int WALK_CHANNELS = 512;  // at most
+constexpr int WALK_CHANNELS = 384;  // at most
 constexpr int WALK_TILE = 1024;     // pixels at most
 constexpr int WEIGHTS_STRIDE = 24;  // elements of a pixel's row of 16 weights in shared memory
 

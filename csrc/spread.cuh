@@ -20,8 +20,10 @@ namespace stvit {
 
 struct SpreadArguments {
   TokensToPixels call;
-  int run, runs;  // tiles of a run, runs of a row
-  int stride;     // elements of a staged super token
+  int run, runs;    // tiles of a run, runs of a row
+  int stride;       // elements of a staged super token
+  int pitch;        // places of a staged row: 3 modulo 8, so that eight of a 3 x 3 neighbourhood meet no bank twice
+  bool vectors[2];  // whether super tokens of either sum can be read eight channels at a time
 };
 
 constexpr int SPREAD_WARPS = 4;
@@ -54,9 +56,9 @@ struct Spreader {
 
   // Super tokens of the three rows and tiles + 2 columns around the run, of the first and then of the second sum; the
   // last place stays zero, as do places outside the grid.
-  __device__ int places() const { return 3 * (a.run + 2); }
+  __device__ int places() const { return 3 * a.pitch; }
   __device__ T* place(int sum, int k_row, int column) const {
-    return staged + ((sum * 3 + k_row) * (a.run + 2) + column) * a.stride;
+    return staged + ((sum * 3 + k_row) * a.pitch + column) * a.stride;
   }
   __device__ T* zeros() const { return staged + (call.weights2 ? 2 : 1) * places() * a.stride; }
 
@@ -71,15 +73,23 @@ struct Spreader {
 
   // Eight channels of one place.
   __device__ void stage(int at, int channel, int sums) const {
-    const int sum = at / places(), k_row = at % places() / (a.run + 2), column = first - 1 + at % (a.run + 2);
+    const int sum = at / places(), k_row = at % places() / a.pitch, column = first - 1 + at % a.pitch;
     const int64_t near = row + k_row - 1;
-    const bool known = sum < sums && near >= 0 && near < shape.gh && column >= 0 && column < shape.gw;
+    const bool wanted = sum < sums && column <= first + tiles;
+    const bool known = wanted && near >= 0 && near < shape.gh && column >= 0 && column < shape.gw;
     const View& view = sum == 0 ? call.tokens : call.tokens2;
     const T* from = static_cast<const T*>(view.data) + image * view.image + near * view.row + column * view.column;
-    T values[8];
-    for (int i = 0; i < 8; ++i) {
-      const bool inside = known && channel + i < shape.channels;
-      values[i] = inside ? gpu::load(from + (channel + i) * view.channel) : gpu::narrow<T>(0);
+    union {
+      T values[8];
+      int4 vector;
+    };
+    if (known && channel < shape.channels && a.vectors[sum]) {
+      vector = gpu::load(reinterpret_cast<const int4*>(from + channel));
+    } else {
+      for (int i = 0; i < 8; ++i) {
+        const bool inside = known && channel + i < shape.channels;
+        values[i] = inside ? gpu::load(from + (channel + i) * view.channel) : gpu::narrow<T>(0);
+      }
     }
     if (known && sum == 0 && call.mass) {
       const float mass =
@@ -92,20 +102,16 @@ struct Spreader {
 
   // 16 pixels of a tile, all channels.
   __device__ void spread(int tile, int p0) const {
-    int64_t at[2];  // of pixels p0 + lane / 4 and the one 8 further: row and column, by y * width + x; -1 outside
-    for (int half = 0; half < 2; ++half) {
-      const int p = p0 + lane / 4 + 8 * half;
-      const int64_t y = int64_t(row) * shape.h + p / shape.w, x = int64_t(first + tile) * shape.w + p % shape.w;
-      at[half] = p < shape.h * shape.w && y < shape.height && x < shape.width ? y * shape.width + x : -1;
-    }
+    Pixel pixels[2];  // p0 + lane / 4, and the one 8 further
+    for (int half = 0; half < 2; ++half) pixels[half] = pixel(tile, p0 + lane / 4 + 8 * half);
     uint32_t factors[4], factors2[4];
-    load_weights(factors, call.weights, at);
-    if (call.weights2) load_weights(factors2, call.weights2, at);
+    load_weights(factors, call.weights, pixels);
+    if (call.weights2) load_weights(factors2, call.weights2, pixels);
     // Lane l gives the row of slot l % 16 to the matrix loads; lanes from 16 on those of the next product.
     const int slot = lane % 16;
     const T* near = slot < 9 ? place(0, slot / 3, tile + slot % 3) : zeros();
     const T* near2 = slot < 9 ? place(1, slot / 3, tile + slot % 3) : zeros();
-    for (int channel = 0; channel < shape.channels; channel += 32) {
+    for (int channel = 0; channel < int(shape.channels); channel += 32) {
       float values[4][4] = {};
       multiply(values, factors, near + channel + lane / 16 * 8);
       if (call.weights2) {
@@ -116,17 +122,32 @@ struct Spreader {
       }
       const int own = channel + lane % 4 * 8;
       for (int half = 0; half < 2; ++half)
-        if (at[half] >= 0 && own < shape.channels) write(values, half, at[half], first + tile, own);
+        if (pixels[half].to && own < int(shape.channels)) write(values, half, pixels[half], first + tile, own);
     }
   }
 
+  // Where a pixel is written, null outside the image; its residual, if there is one; the first of its weights.
+  struct Pixel {
+    OUT* to;
+    const OUT* residual;
+    int64_t weight;
+  };
+  __device__ Pixel pixel(int tile, int p) const {
+    const int64_t y = int64_t(row) * shape.h + p / shape.w, x = int64_t(first + tile) * shape.w + p % shape.w;
+    if (p >= shape.h * shape.w || y >= shape.height || x >= shape.width) return {nullptr, nullptr, 0};
+    const auto at = [&](const View& view) {
+      return static_cast<OUT*>(view.data) + image * view.image + y * view.row + x * view.column;
+    };
+    const int64_t weight = ((image * shape.height + y) * shape.width + x) * 9;
+    return {at(call.pixels), call.residual.data ? at(call.residual) : nullptr, weight};
+  }
+
   // A matrix fragment: row lane / 4 and 8 further, slots 2 (lane % 4) and the next, and those 8 further.
-  __device__ void load_weights(uint32_t (&to)[4], const void* weights, const int64_t (&at)[2]) const {
+  __device__ void load_weights(uint32_t (&to)[4], const void* weights, const Pixel (&pixels)[2]) const {
     const T none = gpu::narrow<T>(0);
     for (int half = 0; half < 2; ++half) {
-      const int64_t pixel = image * shape.height * shape.width + at[half];
-      const T* from = static_cast<const T*>(weights) + pixel * 9;
-      const bool real = at[half] >= 0;
+      const T* from = static_cast<const T*>(weights) + pixels[half].weight;
+      const bool real = pixels[half].to;
       const int k = lane % 4 * 2;
       to[half] = real ? gpu::pack(gpu::load(from + k), gpu::load(from + k + 1)) : gpu::pack(none, none);
       to[half + 2] = gpu::pack(real && k == 0 ? gpu::load(from + 8) : none, none);
@@ -144,28 +165,21 @@ struct Spreader {
   }
 
   // Eight channels of a pixel.
-  __device__ void write(const float (&values)[4][4], int half, int64_t at, int column, int channel) const {
-    const int64_t y = at / shape.width, x = at % shape.width;
+  __device__ void write(const float (&values)[4][4], int half, const Pixel& pixel, int column, int channel) const {
     float sums[8];
     for (int i = 0; i < 8; ++i) sums[i] = values[i / 2][2 * half + i % 2];
     if (call.means) {
-      const T* from =
-          static_cast<const T*>(call.means) + ((image * shape.gh + row) * shape.gw + column) * shape.channels;
-      add<T>(sums, from + channel, 1.f / float(shape.h * shape.w));
+      const int64_t tile = (image * shape.gh + row) * shape.gw + column;
+      add<T>(sums, static_cast<const T*>(call.means) + tile * shape.channels + channel, 1.f / float(shape.h * shape.w));
     }
-    if (call.residual.data) {
-      const View& view = call.residual;
-      const OUT* from = static_cast<const OUT*>(view.data) + image * view.image + y * view.row + x * view.column;
-      add<OUT>(sums, from + channel, 1.f);
-    }
-    const View& view = call.pixels;
-    OUT* to = static_cast<OUT*>(view.data) + image * view.image + y * view.row + x * view.column + channel;
+    if (pixel.residual) add<OUT>(sums, pixel.residual + channel, 1.f);
     union {
       OUT narrow[8];
       int4 vectors[sizeof(OUT) / 2];
     };
     for (int i = 0; i < 8; ++i) narrow[i] = gpu::narrow<OUT>(sums[i]);
-    for (int i = 0; i < int(sizeof(OUT) / 2); ++i) gpu::store(reinterpret_cast<int4*>(to) + i, vectors[i]);
+    for (int i = 0; i < int(sizeof(OUT) / 2); ++i)
+      gpu::store(reinterpret_cast<int4*>(pixel.to + channel) + i, vectors[i]);
   }
 
   template <typename FROM>
@@ -194,6 +208,9 @@ inline bool spreads(const TokensToPixels& call) {
   return !call.residual.data || (call.residual_type == call.pixels_type && call.residual.vectors(size));
 }
 
+// Places of a staged row for a run of tiles.
+inline int pitch(int run) { return run + 2 <= 3 ? 3 : 11; }
+
 template <typename T, typename OUT>
 void run_spread(const TokensToPixels& call, void* stream) {
   const Shape& shape = call.shape;
@@ -201,11 +218,14 @@ void run_spread(const TokensToPixels& call, void* stream) {
   a.call = call;
   a.stride = int((shape.channels + 31) / 32 * 32 + 8);
   const int64_t token = int64_t(a.stride) * 2 * (call.weights2 ? 2 : 1);
+  a.vectors[0] = call.tokens.vectors(2);
+  a.vectors[1] = call.tokens2.vectors(2);
   a.run = 8;  // or fewer, so that 48 KiB hold the super tokens
-  while (a.run > 1 && (3 * (a.run + 2) + 1) * token > 48 * 1024) --a.run;
+  while (a.run > 1 && (3 * pitch(a.run) + 1) * token > 48 * 1024) --a.run;
   a.runs = (shape.gw + a.run - 1) / a.run;
   a.run = (shape.gw + a.runs - 1) / a.runs;
-  const int64_t places = 3 * (a.run + 2) * (call.weights2 ? 2 : 1) + 1;
+  a.pitch = pitch(a.run);
+  const int64_t places = 3 * a.pitch * (call.weights2 ? 2 : 1) + 1;
   gpu::launch(spread_kernel<T, OUT>, shape.batch * shape.gh * a.runs, 32 * SPREAD_WARPS, places * a.stride * 2, stream,
               a);
 }

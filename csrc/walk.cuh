@@ -27,19 +27,12 @@
 
 namespace stvit {
 
-// n / d by one multiplication, exact for n d < 2^32.
-struct Divisor {
-  uint32_t d = 1, magic = 0;
-  Divisor() = default;
-  explicit Divisor(int64_t d) : d(uint32_t(d)), magic(d == 1 ? 0 : uint32_t(0xffffffffu / d + 1)) {}
-  __device__ int quotient(int n) const { return d == 1 ? n : int((uint64_t(uint32_t(n)) * magic) >> 32); }
-};
-
 struct WalkArguments {
   PixelsToTokens call;
   Walk walk;
-  // By: 16-byte vectors of a pixel, pixels of a tile, pixels of its row, slots, 16-byte pieces of its row's weights.
-  Divisor vectors, tile, width, slots, weight_chunks;
+  // By: 16-byte vectors of a pixel, pixels of a tile, of its row and of its column, matrices of 16 pixels in a tile,
+  // slots, 16-byte pieces of a tile row's weights, channels.
+  Divisor vectors, tile, width, height, parts, slots, weight_chunks, channels;
 };
 
 template <typename T, Map MAP, bool POOLS, int BLOCKS>
@@ -56,7 +49,6 @@ struct Walker {
   const int thread, warp, lane;
   const int r, q;  // place in a matrix fragment: row r and r + 8, column q and q + 1
   const Region region;
-  const int known0;  // first column of super tokens kept
 
   float sums[BLOCKS][4];
   float mass[4];
@@ -71,8 +63,7 @@ struct Walker {
         lane(thread % 32),
         r(lane / 4),
         q(lane % 4 * 2),
-        region(shape, walk, POOLS, index),
-        known0(larger(region.column0 - 1, 0)) {
+        region(shape, walk, POOLS, index) {
     clear_sums();
   }
 
@@ -97,7 +88,7 @@ struct Walker {
   // Channels of a super token; zeros outside the grid.
   __device__ T* token(int row, int column) const {
     const bool inside = row >= 0 && row < shape.gh && column >= 0 && column < shape.gw;
-    const int place = inside ? (row & 3) * walk.known_columns + column - known0 : 4 * walk.known_columns;
+    const int place = inside ? (row & 3) * walk.known_columns + column - known0() : 4 * walk.known_columns;
     return tokens() + place * walk.stride;
   }
   __device__ float* total(int row, int column, int channel) const {
@@ -111,15 +102,21 @@ struct Walker {
     return ((region.image * shape.height + y) * shape.width + x) * 9;
   }
 
+  // First column of super tokens kept; groups that pooling is ahead of weighing.
+  __device__ int known0() const { return larger(region.column0() - 1, 0); }
+  __device__ int lag() const { return POOLS ? int(region.groups_of_row.d) + 1 : 0; }
+
   __device__ void run() {
-    for (int64_t i = thread; i < walk.shared_bytes / 16; i += THREADS)
+    // Slots only where pixels or channels are filled up to whole matrices.
+    const bool filled = shape.h * shape.w % 16 || shape.channels % 16;
+    for (int i = (filled ? 0 : walk.tokens_at / 16) + thread; i < walk.shared_bytes / 16; i += THREADS)
       reinterpret_cast<int4*>(shared())[i] = int4{0, 0, 0, 0};
     gpu::barrier();
     for (int group = 0; group < walk.ahead; ++group) copy(group);
-    for (int step = 0; step <= region.groups + region.lag; ++step) {
+    for (int step = 0; step <= region.groups + lag(); ++step) {
       arrive();
       gpu::barrier();
-      const int group = step - region.lag;
+      const int group = step - lag();
       if (POOLS && warp >= SUM_WARPS && step < region.groups) pool(step);
       if (warp < SUM_WARPS && region.walked(group - 1)) add(group - 1);
       if (TOKENS && !POOLS && region.walked(group)) load_tokens(group);
@@ -137,42 +134,42 @@ struct Walker {
   }
 
   // Starts the copies of a group; zeros for pixels outside the image.
-  __device__ void copy(int group) const {
-    if (group < region.groups) {
-      char* to = slot(group);
-      copy_pixels(to, region.row(group), region.column(group), region.tiles(group));
-      if (GIVEN) copy_weights(to, 0, call.weights, region.row(group), region.column(group), region.tiles(group));
-      if (GIVEN && call.grad)
-        copy_weights(to, 1, call.grad, region.row(group), region.column(group), region.tiles(group));
+  __device__ void copy(int index) const {
+    if (index < region.groups) {
+      char* to = slot(index);
+      const Group group = region.at(index);
+      copy_pixels(to, group);
+      if (GIVEN) copy_weights(to, 0, call.weights, group);
+      if (MAP == Map::differentiate && call.grad) copy_weights(to, 1, call.grad, group);
     }
     gpu::commit();
   }
 
-  __device__ void copy_pixels(char* to, int row, int column, int tiles) const {
+  __device__ void copy_pixels(char* to, const Group& group) const {
     const View& view = call.pixels;
     const T* from = static_cast<const T*>(view.data) + region.image * view.image;
-    for (int i = thread; i < tiles * shape.h * shape.w * int(a.vectors.d); i += THREADS) {
-      const int place = a.vectors.quotient(i), vector = i - place * int(a.vectors.d);
+    const int y0 = group.row * shape.h, x0 = group.column * shape.w;
+    const int vectors = int(a.vectors.d), count = group.tiles * int(a.tile.d) * vectors;
+    for (int i = thread; i < count; i += THREADS) {
+      const int place = a.vectors.quotient(i), vector = i - place * vectors;
       const int tile = a.tile.quotient(place), p = place - tile * int(a.tile.d);
-      const int line = a.width.quotient(p);
-      const int64_t y = int64_t(row) * shape.h + line, x = int64_t(column + tile) * shape.w + p - line * shape.w;
-      const bool inside = y < shape.height && x < shape.width;
-      gpu::copy_async(pixel(to, tile, p) + vector * 8,
-                      inside ? from + y * view.row + x * view.column + vector * 8 : from, inside ? 16 : 0);
+      const int line = a.width.quotient(p), y = y0 + line, x = x0 + tile * shape.w + p - line * shape.w;
+      const bool inside = y < int(shape.height) && x < int(shape.width);
+      const T* pixel_from = inside ? from + y * view.row + x * view.column + vector * 8 : from;
+      gpu::copy_async(pixel(to, tile, p) + vector * 8, pixel_from, inside ? 16 : 0);
     }
   }
 
   // The weights of a tile's row begin at any even byte: copied are the 16-byte pieces that they touch.
-  __device__ void copy_weights(char* to, int grad, const void* given, int row, int column, int tiles) const {
+  __device__ void copy_weights(char* to, int grad, const void* given, const Group& group) const {
     const char* from = static_cast<const char*>(given);
     const int chunks = int(a.weight_chunks.d);
-    for (int i = thread; i < tiles * shape.h * chunks; i += THREADS) {
+    for (int i = thread; i < group.tiles * shape.h * chunks; i += THREADS) {
       const int place = a.weight_chunks.quotient(i), chunk = i - place * chunks;
-      const int tile = place / shape.h, line = place - tile * shape.h;
-      const int64_t y = int64_t(row) * shape.h + line, x = int64_t(column + tile) * shape.w;
-      const int64_t seen = x + shape.w < shape.width ? shape.w : shape.width - x;
-      const int64_t begin = weight(y, x) * 2 / 16 * 16 + chunk * 16;
-      const int64_t bytes = y < shape.height ? (weight(y, x) + seen * 9) * 2 - begin : 0;
+      const int tile = a.height.quotient(place), line = place - tile * shape.h;
+      const int y = group.row * shape.h + line, x = (group.column + tile) * shape.w;
+      const int64_t first = weight(y, x) * 2, begin = first / 16 * 16 + chunk * 16;
+      const int64_t bytes = y < int(shape.height) ? first + smaller(shape.w, int(shape.width) - x) * 18 - begin : 0;
       gpu::copy_async(weight_row(to, grad, tile, line) + chunk * 16, bytes > 0 ? from + begin : from,
                       bytes <= 0   ? 0
                       : bytes < 16 ? int(bytes)
@@ -181,11 +178,13 @@ struct Walker {
   }
 
   // Means over the tiles of a group, as products with ones.
-  __device__ void pool(int group) const {
+  __device__ void pool(int index) const {
+    const Group group = region.at(index);
+    const float share = 1.f / float(shape.h * shape.w);
     const T one = gpu::narrow<T>(1);
     const uint32_t ones[4] = {gpu::pack(one, one), gpu::pack(one, one), gpu::pack(one, one), gpu::pack(one, one)};
-    const int row = region.row(group);
-    for (int tile = 0; tile < region.tiles(group); ++tile)
+    char* from = slot(index);
+    for (int tile = 0; tile < group.tiles; ++tile)
       for (int block = 0; block < BLOCKS; ++block) {
         const int channel = (warp - SUM_WARPS + block * SUM_WARPS) * 8;
         if (channel >= shape.channels) break;
@@ -193,37 +192,37 @@ struct Walker {
         gpu::warp_barrier();
         for (int p = 0; p < walk.pixels; p += 16) {
           uint32_t b[2];
-          gpu::load_two_matrices_transposed(b, pixel(slot(group), tile, p + lane % 16) + channel);
+          gpu::load_two_matrices_transposed(b, pixel(from, tile, p + lane % 16) + channel);
           gpu::multiply_add<T>(sum, ones, b[0], b[1]);
         }
         if (r != 0) continue;
-        const int column = region.column(group) + tile;
-        const float count = float(shape.h * shape.w);
-        const uint32_t mean = gpu::pack(gpu::narrow<T>(sum[0] / count), gpu::narrow<T>(sum[1] / count));
-        *reinterpret_cast<uint32_t*>(token(row, column) + channel + q) = mean;
-        if (region.owns(row, column)) {
-          T* pooled =
-              static_cast<T*>(call.pooled) + ((region.image * shape.gh + row) * shape.gw + column) * shape.channels;
+        const int column = group.column + tile;
+        const uint32_t mean = gpu::pack(gpu::narrow<T>(sum[0] * share), gpu::narrow<T>(sum[1] * share));
+        *reinterpret_cast<uint32_t*>(token(group.row, column) + channel + q) = mean;
+        if (region.owns(group.row, column)) {
+          T* pooled = static_cast<T*>(call.pooled) +
+                      ((region.image * shape.gh + group.row) * shape.gw + column) * shape.channels;
           gpu::store(reinterpret_cast<uint32_t*>(pooled + channel + q), mean);
         }
       }
   }
 
   // Super tokens given: the row below, at the start of a row of tiles; at the start of the walk also those above.
-  __device__ void load_tokens(int group) const {
-    if (region.column(group) != region.column0) return;
-    const int row = region.row(group);
-    for (int near = row == region.walked_row ? row - 1 : row + 1; near <= row + 1; ++near)
+  __device__ void load_tokens(int index) const {
+    const Group group = region.at(index);
+    if (group.column != region.column0()) return;
+    const int row = group.row;
+    for (int near = row == region.walked_row() ? row - 1 : row + 1; near <= row + 1; ++near)
       if (near >= 0 && near < shape.gh) load_token_row(near);
   }
 
   __device__ void load_token_row(int row) const {
     const View& view = call.tokens;
     const T* from = static_cast<const T*>(view.data) + region.image * view.image + row * view.row;
-    const int columns = smaller(region.column_end + 1, shape.gw) - known0, channels = int(shape.channels);
+    const int columns = smaller(region.column_end() + 1, shape.gw) - known0(), channels = int(shape.channels);
 #pragma unroll 1
     for (int i = thread; i < columns * channels; i += THREADS) {
-      const int column = known0 + i / channels, channel = i % channels;
+      const int place = a.channels.quotient(i), column = known0() + place, channel = i - place * channels;
       T value = gpu::load(from + column * view.column + channel * view.channel);
       if (MAP == Map::differentiate) value = gpu::narrow<T>(gpu::widen(value) / (mass_of(row, column) + 1e-12f));
       token(row, column)[channel] = value;
@@ -234,15 +233,17 @@ struct Walker {
   }
 
   // Weights of a group's pixels, [pixel][slot] in shared memory: a warp takes 16 pixels of a tile at a time.
-  __device__ void weigh(int group) const {
-    const int parts = walk.pixels / 16;
-    for (int part = warp; part < region.tiles(group) * parts; part += WALK_WARPS) {
-      const int tile = part / parts, first = part % parts * 16;
+  __device__ void weigh(int index) const {
+    char* from = slot(index);
+    const Group group = region.at(index);
+    const int parts = int(a.parts.d);
+    for (int part = warp; part < group.tiles * parts; part += WALK_WARPS) {
+      const int tile = a.parts.quotient(part), first = (part - tile * parts) * 16;
       float logits[2][4] = {};  // of slots 0-7, 8-15
-      if (TOKENS) multiply(logits, slot(group), tile, first, region.row(group), region.column(group) + tile);
+      if (TOKENS) multiply(logits, from, tile, first, group.row, group.column + tile);
       for (int half = 0; half < 2; ++half) {
         float products[3] = {logits[0][2 * half], logits[0][2 * half + 1], logits[1][2 * half]};
-        weigh_pixel(products, group, tile, first + r + 8 * half);
+        weigh_pixel(products, from, group, tile, first + r + 8 * half);
       }
     }
   }
@@ -262,17 +263,20 @@ struct Walker {
   }
 
   // The neighbour k = 3 up + left that a slot holds at a tile of this column; slots from 9 on are empty.
-  static __device__ int left_of(int slot, int column) { return (slot % 3 + 3 - column % 3) % 3; }
+  static __device__ int left_of(int slot, int column) {
+    const int left = slot % 3 - column % 3;
+    return left < 0 ? left + 3 : left;
+  }
   static __device__ int neighbour(int slot, int column) { return slot / 3 * 3 + left_of(slot, column); }
   __device__ const T* slot_token(int slot, int row, int column) const {
     return slot < 9 ? token(row + slot / 3 - 1, column + left_of(slot, column) - 1) : token(-1, 0);
   }
 
   // Slots q, q + 1 and 8 of one pixel p of a tile; the four lanes of its row share the pixel, the first has slot 8.
-  __device__ void weigh_pixel(float (&products)[3], int group, int tile, int p) const {
-    const int column = region.column(group) + tile, line = a.width.quotient(p), in_line = p - line * shape.w;
-    const int64_t y = int64_t(region.row(group)) * shape.h + line, x = int64_t(column) * shape.w + in_line;
-    const bool real = p < shape.h * shape.w, seen = real && y < shape.height && x < shape.width;
+  __device__ void weigh_pixel(float (&products)[3], char* from, const Group& group, int tile, int p) const {
+    const int column = group.column + tile, line = a.width.quotient(p), in_line = p - line * shape.w;
+    const int y = group.row * shape.h + line, x = column * shape.w + in_line;
+    const bool real = p < int(a.tile.d), seen = real && y < int(shape.height) && x < int(shape.width);
     const int slots[3] = {q, q + 1, 8};
     const int count = q == 0 ? 3 : 2;
 
@@ -280,18 +284,18 @@ struct Walker {
     if (GIVEN && seen)
       for (int i = 0; i < count; ++i) {
         // Where the weights of the tile's row begin within the 16-byte pieces that were copied.
-        const int at = int(weight(y, x - in_line) % 8) + in_line * 9 + neighbour(slots[i], column);
-        given[i] = factor[i] = reinterpret_cast<const T*>(weight_row(slot(group), 0, tile, line))[at];
+        const int at = (int(weight(y, x)) - in_line * 9 & 7) + in_line * 9 + neighbour(slots[i], column);
+        given[i] = factor[i] = reinterpret_cast<const T*>(weight_row(from, 0, tile, line))[at];
         if (MAP == Map::differentiate && call.grad)
-          products[i] += gpu::widen(reinterpret_cast<const T*>(weight_row(slot(group), 1, tile, line))[at]);
+          products[i] += gpu::widen(reinterpret_cast<const T*>(weight_row(from, 1, tile, line))[at]);
       }
     if (MAP == Map::associate) associate(products, count, float(call.scale), factor);
     if (MAP == Map::differentiate) {
-      for (int i = 0; i < count; ++i) products[i] -= offset(slots[i], region.row(group), column);
+      for (int i = 0; i < count; ++i) products[i] -= offset(slots[i], group.row, column);
       differentiate(products, given, count, factor);
     }
 
-    if (TOKENS && seen && region.owns(region.row(group), column))
+    if (TOKENS && seen && region.owns(group.row, column))
       for (int i = 0; i < count; ++i)
         gpu::store(static_cast<T*>(call.out) + weight(y, x) + neighbour(slots[i], column),
                    MAP == Map::products ? gpu::narrow<T>(products[i]) : factor[i]);
@@ -310,18 +314,20 @@ struct Walker {
   }
 
   // Adds weight^T x pixels of a group to the sums.
-  __device__ void add(int group) {
-    const int row = region.row(group), last = region.column_end - 1;
-    for (int tile = 0; tile < region.tiles(group); ++tile) {
-      const int column = region.column(group) + tile;
-      add_tile(slot(group), tile);
+  __device__ void add(int index) {
+    char* from = slot(index);
+    const Group group = region.at(index);
+    const int row = group.row, last = region.column_end() - 1;
+    for (int tile = 0; tile < group.tiles; ++tile) {
+      const int column = group.column + tile;
+      add_tile(from, tile);
       release(row, column - 1);
       if (column == last) {
         release(row, column);
         release(row, column + 1);
         gpu::warp_barrier();
         if (row > region.first_row) finish(row - 1);
-        if (row == region.walked_end - 1) finish(row);
+        if (row == region.walked_end() - 1) finish(row);
         gpu::warp_barrier();
       }
     }
@@ -360,14 +366,15 @@ struct Walker {
       if (slot > 8 || slot % 3 != (column + 1) % 3) continue;
       const int near = row + slot / 3 - 1;
       const bool mine = region.owns(near, column);
+      const int first = warp * 8 + q, step = SUM_WARPS * 8;
+      float* to = total(near, column, first);
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
-        const int channel = (warp + block * SUM_WARPS) * 8 + q;
-        float* to = total(near, column, channel);
-        for (int i = 0; i < 2; ++i) {
-          if (mine && channel < shape.channels) to[i] += sums[block][2 * half + i];
-          sums[block][2 * half + i] = 0;
+        if (mine && first + block * step < int(shape.channels)) {
+          to[block * step] += sums[block][2 * half];
+          to[block * step + 1] += sums[block][2 * half + 1];
         }
+        sums[block][2 * half] = sums[block][2 * half + 1] = 0;
       }
       if (MAP == Map::associate) {
         if (mine && q == 0) *total_mass(near, column) += mass[2 * half];
@@ -432,7 +439,10 @@ void run_walk(const PixelsToTokens& call, const Walk& walk, void* stream) {
   a.vectors = Divisor(shape.channels / 8);
   a.tile = Divisor(shape.h * shape.w);
   a.width = Divisor(shape.w);
+  a.height = Divisor(shape.h);
+  a.parts = Divisor(walk.pixels / 16);
   a.slots = Divisor(walk.slots);
+  a.channels = Divisor(shape.channels);
   a.weight_chunks = Divisor(walk.weight_row / 16);
   if (call.type == Type::half) walk_channels<gpu::half, MAP, POOLS>(a, stream);
   if (call.type == Type::bfloat16) walk_channels<gpu::bfloat16, MAP, POOLS>(a, stream);

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stvit.geometry import accumulator, grid_size, is_channels_last
-from stvit.ops import empty_pixels, empty_weights
+from stvit.ops import by_pixel, empty_pixels, empty_weights
 
 from .pixels_to_tokens import ASSOCIATE, DIFFERENTIATE, pixels_to_tokens
 from .pooling import pooling
@@ -45,7 +45,7 @@ def sampling_backward(
 ) -> Tensor:
     """dx = A (D^-1 dS), the association held constant."""
     grad_x = empty_pixels(grad_stokens, grad_stokens.shape[1], weights.shape[2], weights.shape[3], channels_last)
-    tokens_to_pixels(weights, grad_stokens, grad_x, h, w, mass=mass)
+    tokens_to_pixels(by_pixel(weights), grad_stokens, grad_x, h, w, mass=mass)
     return grad_x
 
 
@@ -62,10 +62,10 @@ def sampling_backward_full(
     for _ in range(n_iter - 1):
         saved.append(sample(x, rounds[-1], h, w, scale))
         rounds.append(saved[-1][0])
-    saved.append((stokens, weights, mass))
+    saved.append((stokens, by_pixel(weights), mass))
     grad = torch.zeros_like(stokens) if grad_stokens is None else grad_stokens
     if grad_weights is not None:
-        grad_weights = grad_weights.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        grad_weights = by_pixel(grad_weights)
     grad_x: Tensor | None = None
     for tokens, (stokens, weights, mass) in zip(reversed(rounds), reversed(saved), strict=True):
         dlogit, grad_tokens = empty_weights(x), torch.empty_like(tokens)

@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from stvit.geometry import grid_size, is_channels_last
-from stvit.ops import empty_pixels, empty_weights
+from stvit.ops import by_pixel, empty_pixels, empty_weights
 
 from .pixels_to_tokens import PRODUCTS, WEIGHTED, pixels_to_tokens
 from .tokens_to_pixels import tokens_to_pixels
-
-
-def by_pixel(weights: Tensor) -> Tensor:
-    """Weights (B, 9, H, W) with memory (B, H, W, 9), copied only where someone else made them otherwise."""
-    return weights.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def upsampling(

@@ -7,6 +7,7 @@ the process that compiles SOURCES into FOLDER/stvit.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -110,17 +111,18 @@ def _toolkit_obstacle(cuda: str) -> str | None:
 def architectures(tools: Toolkit, present: Sequence[str] = ()) -> list[str]:
     """What to compile for, as TORCH_CUDA_ARCH_LIST says; else for `present`, the GPUs there are; else for the default.
 
-    Of what is named, what is older than the kernels is left out, as in containers that build everything for "7.5 8.0".
-    Raises ValueError where nothing is left.
+    What is older than the kernels is left out: of what is named, as in containers that build everything for "7.5 8.0",
+    and of the GPUs. Raises ValueError where nothing is left of what is named.
     """
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if named and named != "native":
-        wanted = [name for name in re.split(r"[;\s]+", named) if (_number(name) or OLDEST) >= OLDEST]
+        wanted = new_enough(re.split(r"[;\s]+", named))
         if not wanted:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected something from 8.0 on, got {named!r}")
         return wanted
     answer = subprocess.run([tools.nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = {f"{code[:-1]}.{code[-1]}" for code in re.findall(r"compute_(\d+)", answer)}
+    present = new_enough(present)
     if present and known.issuperset(present):
         return sorted(set(present), key=lambda name: _number(name) or OLDEST)
     wanted = [name for name in ARCHITECTURES if name in known]
@@ -131,6 +133,31 @@ def _number(architecture: str) -> tuple[int, int] | None:
     """(9, 0) of "9.0", "9.0a" and "9.0+PTX"; None of a name, such as "Hopper"."""
     found = re.match(r"(\d+)\.(\d)", architecture)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def new_enough(names: Sequence[str]) -> list[str]:
+    """Those of the architectures or compute capabilities that the kernels run on."""
+    return [name for name in names if (_number(name) or OLDEST) >= OLDEST]
+
+
+@functools.cache
+def covers(built: tuple[str, ...], capability: tuple[int, int]) -> bool:
+    """Whether what was compiled for these architectures holds code that a GPU of this compute capability runs.
+
+    True also where the names don't tell, as "Hopper" doesn't.
+    """
+    return not built or any(_runs(name, capability) for name in built)
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    found = re.fullmatch(r"(\d+)\.(\d)([a-z]?)(\+PTX)?", architecture)
+    if found is None:
+        return True
+    number = (int(found[1]), int(found[2]))
+    if found[3] == "a":  # its PTX too
+        return capability == number
+    # PTX of a family, as "10.0f+PTX", stays within it.
+    return capability >= number and (capability[0] == number[0] or bool(found[4] and not found[3]))
 
 
 def free_memory() -> int:
@@ -181,7 +208,7 @@ def identity(folder: Path) -> dict[str, str]:
 
 
 def record(binary: Path) -> Path:
-    """The file beside an installed binary that tells its identity."""
+    """The file beside an installed binary that tells its identity, and what it was compiled for."""
     return binary.with_name("_C.json")
 
 
@@ -206,7 +233,7 @@ def extension(folder: str, tools: Toolkit, wanted: Sequence[str]) -> Any:
     )
 
 
-def build_ext(folder: str) -> Any:
+def build_ext(folder: str, wanted: Sequence[str]) -> Any:
     """setuptools' command that builds the extension: torch's, with one message where it fails, and the record."""
     from setuptools.errors import CompileError
     from torch.utils.cpp_extension import BuildExtension
@@ -218,7 +245,8 @@ def build_ext(folder: str) -> Any:
             except (RuntimeError, ValueError, OSError) as error:
                 raise CompileError(f"the CUDA extension does not build: {error}") from None
             binary = Path(self.get_ext_fullpath(NAME))
-            record(binary).write_text(json.dumps(identity(Path(folder))) + "\n")
+            told = {**identity(Path(folder)), "architectures": list(wanted)}
+            record(binary).write_text(json.dumps(told) + "\n")
 
     return BuildCuda
 
@@ -230,11 +258,12 @@ def main() -> None:
     sources, folder = sys.argv[1:]
     tools = toolkit()
     assert tools is not None
+    wanted = architectures(tools)
     setuptools.setup(
         name="stvit",
         packages=[],
-        ext_modules=[extension(sources, tools, architectures(tools))],
-        cmdclass={"build_ext": build_ext(sources)},
+        ext_modules=[extension(sources, tools, wanted)],
+        cmdclass={"build_ext": build_ext(sources, wanted)},
         script_args=["--quiet", "build_ext", "--build-lib", folder, "--build-temp", os.path.join(folder, "objects")],
     )
 

@@ -114,12 +114,13 @@ def _extension_missing(device: torch.device, build: bool = False) -> list[str]:
     reasons = _gpu_missing(device)
     if reasons:  # which no extension changes, and looking for one initialises CUDA
         return reasons
-    if build:
+    reasons = extension.why_not() or extension.no_code(torch.cuda.get_device_capability(device))
+    if build and not reasons:
         try:
             extension.load()
         except extension.ExtensionError as error:
             return [str(error)]
-    return extension.why_not()
+    return reasons
 
 
 def _gpu_missing(device: torch.device) -> list[str]:

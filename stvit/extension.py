@@ -42,13 +42,14 @@ class Target(NamedTuple):
 
 @dataclass
 class _State:
-    """What this process knows. origin: where `module` is from. reasons: why there is none. target: what `load` would
-    build."""
+    """What this process knows. origin: where `module` is from. architectures: what it was compiled for, as far as it
+    tells. reasons: why there is none. target: what `load` would build."""
 
     looked: bool = False
     module: ModuleType | None = None
     device: str | None = None
     origin: str | None = None
+    architectures: tuple[str, ...] = ()
     reasons: list[str] = field(default_factory=list)
     target: Target | None = None
 
@@ -76,6 +77,23 @@ def why_not() -> list[str]:
     """Why `load` would fail; empty also where `load` would build, see `ready`. Builds nothing."""
     _look()
     return [] if _state.target else list(_state.reasons)
+
+
+def no_code(capability: tuple[int, int]) -> list[str]:
+    """Why a GPU of this compute capability can't run the module, or what `load` would build; empty where it can."""
+    _look()
+    built = tuple(_state.target.architectures) if _state.target else _state.architectures
+    if build.covers(built, capability):
+        return []
+    return [f"{'what would be built is' if _state.target else 'it was built'} {_for_others(built, [capability])}"]
+
+
+def _for_others(built: Sequence[str], capabilities: Sequence[tuple[int, int]]) -> str:
+    here = ", ".join(f"{major}.{minor}" for major, minor in capabilities)
+    return (
+        f"for {' '.join(built)}, without code for the GPU here, of compute capability {here}: unset"
+        f" TORCH_CUDA_ARCH_LIST or add {here} to it, and install stvit again or let it be built on request"
+    )
 
 
 def ready() -> bool:
@@ -211,21 +229,39 @@ def installed() -> Path | None:
 
 def _try_installed() -> None:
     path = installed()
-    changed = path and _changes(path)
+    record = _record(path) if path else {}
+    changed = _changes(record)
+    built = tuple(record.get("architectures", ()))
+    foreign = _fits_no_gpu(built) if built else None
     if path is None:
         _state.reasons.append("the compiled extension stvit._C is not installed")
     elif changed:
         _state.reasons.append(f"{path} was built from {changed}: install stvit again to renew it")
+    elif foreign:  # left alone, as a process can't load another one beside it: both register the same ops
+        _state.reasons.append(f"{path} was built {foreign}")
     else:
         _import(path, "installed")
 
 
-def _changes(binary: Path) -> str | None:
-    """What the binary was built from that is no longer so. With another torch, loading it may end the process."""
-    folder, record = sources(), build.record(binary)
-    if folder is None or not record.is_file():
+def _fits_no_gpu(built: tuple[str, ...]) -> str | None:
+    """Why what was built for these architectures is of no use to any GPU here that the kernels run on."""
+    here = [(int(major), int(minor)) for major, minor in (name.split(".") for name in build.new_enough(gpus()))]
+    useless = here and not any(build.covers(built, capability) for capability in here)
+    return _for_others(built, here) if useless else None
+
+
+def _record(binary: Path) -> dict[str, Any]:
+    """What was written down when the binary was installed; empty where nothing was."""
+    path = build.record(binary)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _changes(then: dict[str, Any]) -> str | None:
+    """What a binary was built from that is no longer so. With another torch, loading it may end the process."""
+    folder = sources()
+    if folder is None or not then:
         return None
-    then, now = json.loads(record.read_text()), build.identity(folder)
+    now = build.identity(folder)
     if then["torch"] != now["torch"]:
         return f"torch {then['torch']}, this is {now['torch']}"
     return "other sources" if then["sources"] != now["sources"] else None
@@ -279,4 +315,5 @@ def _import(path: Path, origin: str) -> None:
 
 def _take(module: ModuleType, origin: str) -> None:
     global _state
-    _state = _State(True, module, module.build_info()["device"], origin)
+    told = module.build_info()
+    _state = _State(True, module, told["device"], origin, tuple(told.get("architectures", "").split()))

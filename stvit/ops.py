@@ -98,6 +98,14 @@ def empty_weights(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[2], x.shape[3], 9)).permute(0, 3, 1, 2)
 
 
+def by_pixel(weights: Tensor) -> Tensor:
+    """Weights (B, 9, H, W) with memory (B, H, W, 9), copied only where someone else made them otherwise.
+
+    Hooks of saved tensors do too: torch.autograd.graph.save_on_cpu(pin_memory=True) forgets strides.
+    """
+    return weights.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 def _sampling(
     x: Tensor, h: int, w: int, n_iter: int, scale: float, association_grad: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -139,7 +139,10 @@ def test_which_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (None, ["9.0", "8.0", "9.0"], "8.0 9.0"),
         (None, ["10.0", "9.0"], "9.0 10.0"),
         (None, ["12.1"], "8.0 8.6 8.9 9.0 10.0 12.0+PTX"),  # newer than this nvcc: its PTX runs there
-        ("native", ["9.0"], "9.0"),
+        (None, ["7.5", "8.0"], "8.0"),
+        (None, ["7.0", "9.0"], "9.0"),  # nor need this nvcc know it
+        (None, ["7.5"], "8.0 8.6 8.9 9.0 10.0 12.0+PTX"),
+        ("native", ["9.0", "7.5"], "9.0"),
         ("9.0", ["8.0"], "9.0"),
         ("8.0;9.0a 10.0+PTX", [], "8.0 9.0a 10.0+PTX"),
         ("7.5 8.0 12.0+PTX", [], "8.0 12.0+PTX"),
@@ -163,6 +166,25 @@ def test_only_architectures_that_are_too_old(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
     with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST: expected something from 8.0 on, got '7.0;7.5.PTX'"):
         build.architectures(fake_toolkit(tmp_path / "cuda"))
+
+
+@pytest.mark.parametrize(
+    ("built", "yes", "no"),
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)], [(9, 0), (10, 0)]),
+        ("8.6 9.0", [(8, 6), (8, 9), (9, 0)], [(8, 0), (10, 0), (12, 0)]),
+        ("8.0 12.0+PTX", [(8, 9), (12, 0), (12, 1), (13, 0)], [(9, 0), (10, 0)]),
+        ("8.0+PTX", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 5)]),
+        ("9.0a", [(9, 0)], [(8, 0), (9, 1), (10, 0)]),
+        ("9.0a+PTX", [(9, 0)], [(10, 0)]),
+        ("10.0f+PTX", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("Hopper", [(8, 0), (9, 0)], []),  # torch knows what that is
+        ("", [(9, 0)], []),
+    ],
+)
+def test_which_gpus_run_what_was_built(built: str, yes: list[tuple[int, int]], no: list[tuple[int, int]]) -> None:
+    names = tuple(built.split())
+    assert [build.covers(names, capability) for capability in yes + no] == [True] * len(yes) + [False] * len(no)
 
 
 @pytest.mark.parametrize(("cores", "gib", "expected"), [(2, 64, 2), (64, 32, 10), (8, 1, 1)])

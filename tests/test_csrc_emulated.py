@@ -107,6 +107,33 @@ def test_the_order_of_threads_does_not_matter(case: Case, emulation: emulated.De
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"weights": lambda t: t.float()}, TypeError, "weights: expected Half, got Float"),
+        ({"weights": lambda t: t[:, :8]}, ValueError, "weights: expected the shape"),
+        ({"mass": lambda t: t.half()}, TypeError, "mass: expected Float, got Half"),
+        ({"mass": lambda t: t[..., :1]}, ValueError, "mass: expected the shape"),
+        ({"stokens": lambda t: t[:, :, :1]}, ValueError, "grad_stokens: expected the shape"),
+        ({"stokens": lambda t: t.int()}, TypeError, "expected Int|got Int"),
+        ({"tile": lambda t: (0, 8)}, ValueError, "a tile of 1 to"),
+        ({"tile": lambda t: (65536, 65536)}, ValueError, "a tile of 1 to"),
+    ],
+)  # fmt: skip
+def test_the_ops_name_an_argument_that_does_not_fit(
+    change: dict[str, Callable[..., object]], error: type[Exception], told: str, device: str
+) -> None:
+    """Called from C++ nothing else checks them, and kernels would read elsewhere."""
+    case = VECTORIZED[0]._replace(dtype=torch.float16)
+    x = case.pixels(device)
+    stokens, weights, mass, _ = torch.ops.stvit_cuda.sampling(x, *case.tile, 1, 0.1)
+    given = {"stokens": stokens, "weights": weights, "mass": mass, "tile": case.tile}
+    given.update({name: changed(given[name]) for name, changed in change.items()})
+    tile = given.pop("tile")
+    with pytest.raises(error, match=told):
+        torch.ops.stvit_cuda.sampling_backward(*given.values(), *tile, True)
+
+
 def test_an_error_in_a_kernel_reaches_python(emulation: emulated.Device, device: str) -> None:
     case = VECTORIZED[0]
     stokens = case.random(device, case.channels, case.grid, case.layout)

@@ -47,6 +47,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as the choice of a backend can tell, but without triton."""
     monkeypatch.setattr(dispatch, "_gpu_missing", lambda device: [])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "_triton_missing", lambda device: ["no triton"])
 
 
@@ -58,9 +59,9 @@ def never(*_: Any) -> Any:
     pytest.fail("built again")
 
 
-def emulated(device: str = "cpu") -> Any:
+def emulated(device: str = "cpu", architectures: str = "") -> Any:
     module: Any = types.ModuleType("stand_in")
-    module.build_info = lambda: {"device": device}
+    module.build_info = lambda: {"device": device, "architectures": architectures}
     return module
 
 
@@ -240,6 +241,55 @@ def test_what_was_installed_is_taken_as_long_as_it_fits(
     assert changed == f"{binary} was built from other sources: install stvit again to renew it" and not taken
     (changed, _) = reasons({**identity, "torch": "2.0"})
     assert f"built from torch 2.0, this is {torch.__version__}: install" in changed and not taken
+
+
+def test_an_installed_one_without_code_for_any_gpu_here_is_left_alone(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    binary, taken = tmp_path / "_C.so", []
+    build.record(binary).write_text(json.dumps({**build.identity(stand_in), "architectures": ["8.0", "9.0"]}))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(extension, "installed", lambda: binary)
+    monkeypatch.setattr(extension, "_import", lambda path, origin: taken.append(path))
+    monkeypatch.setattr(extension.build, "obstacles", list)
+    monkeypatch.setattr(extension.build, "toolkit", lambda: build.Toolkit(Path("/cuda"), "13.0.88"))
+    monkeypatch.setattr(extension.build, "architectures", lambda tools, present: present)
+    for here, loaded in ((["12.0"], False), (["12.0", "8.6"], True), (["7.5"], True), ([], True)):
+        monkeypatch.setattr(extension, "gpus", lambda here=here: here)
+        new_process(monkeypatch)
+        taken.clear()
+        extension.why_not()
+        assert taken == [binary] * loaded
+        if not loaded:  # built for this GPU when asked for
+            assert extension.describe()["builds_for"] == here
+            (reason,) = extension.describe()["reasons"]
+            assert reason.startswith(f"{binary} was built for 8.0 9.0, without code for the GPU here, of")
+
+
+def test_one_without_code_for_the_gpu_is_refused(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, with_gpu: None
+) -> None:
+    for built in ("9.0a", "8.0 9.0", "8.0+PTX"):
+        extension.use(emulated("cuda", built))
+        assert dispatch.why_not("cuda", GPU) == [] and dispatch.resolve("cuda", GPU, torch.float32) == "cuda"
+    extension.use(emulated("cuda", "8.0 12.0+PTX"))
+    (reason,) = dispatch.why_not("cuda", GPU)
+    assert reason == (
+        "it was built for 8.0 12.0+PTX, without code for the GPU here, of compute capability 9.0: unset"
+        " TORCH_CUDA_ARCH_LIST or add 9.0 to it, and install stvit again or let it be built on request"
+    )
+    with pytest.raises(BackendError, match="without code for the GPU here"):
+        dispatch.resolve("cuda", GPU, torch.float32)
+    assert dispatch.resolve("auto", GPU, torch.float32) == "reference"
+
+
+def test_what_the_gpu_can_not_run_is_not_built(stand_in: Path, monkeypatch: pytest.MonkeyPatch, with_gpu: None) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    monkeypatch.setattr(extension, "_compile", never)
+    monkeypatch.setattr(extension.build, "toolkit", lambda: build.Toolkit(Path("/cuda"), "13.0.88"))
+    monkeypatch.setattr(extension.build, "obstacles", list)
+    with pytest.raises(BackendError, match="what would be built is for 8.0, without code .* 9.0: unset"):
+        dispatch.resolve("cuda", GPU, torch.float32)
 
 
 def test_an_emulated_extension_runs_on_the_cpu_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,27 @@ def test_full_backward_keeps_x_once(backend: str, device: str) -> None:
 
 
 @full_or_not
+def test_saved_tensors_may_come_back_with_other_strides(full: bool, backend: str, device: str) -> None:
+    """As from torch.autograd.graph.save_on_cpu(pin_memory=True), which keeps shape and values alone."""
+    x = torch.randn(2, 8, 5, 7, device=device, requires_grad=True)
+
+    def gradient() -> Tensor:
+        stokens, y = whole(x, (2, 3), 2, full, backend)
+        (grad,) = torch.autograd.grad((stokens, y), x, (stokens.detach().cos(), y.detach().cos()))
+        return grad
+
+    expected, changed = gradient(), []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        changed.append(not tensor.is_contiguous())
+        return tensor.contiguous()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        assert torch.equal(gradient(), expected)
+    assert sum(changed) >= 2  # the weights, of sampling and of upsampling
+
+
+@full_or_not
 def test_double_backward_is_refused(full: bool, backend: str, device: str) -> None:
     """An error, not a gradient that leaves the op out."""
     x = torch.randn(1, 2, 3, 5, device=device, requires_grad=True)

@@ -192,10 +192,13 @@ def test_a_wheel_carries_the_binary_where_it_can_be_built(wheel, stand_in, tmp_p
         assert {f"stvit/{build.FILE}", "stvit/_C.json", "stvit/csrc/kernel.cu"} <= set(archive.namelist())
         archive.extractall(tmp_path / "installed")
     code = "import json; from stvit import extension; print(json.dumps(extension.describe()))"
-    environment = {"PYTHONPATH": str(tmp_path / "installed"), "CUDA_HOME": "/nowhere"}
+    # No GPU in sight: beside one that it holds no code for it would not be loaded.
+    environment = {"PYTHONPATH": str(tmp_path / "installed"), "CUDA_HOME": "/nowhere", "CUDA_VISIBLE_DEVICES": ""}
     told = json.loads(run_python("-c", code, cwd=tmp_path, env=environment).stdout)
     assert told["origin"] == f"installed: {tmp_path}/installed/stvit/{build.FILE}" and told["reasons"] == []
     assert told["built"]["architectures"] == "8.0 9.0" and told["built"]["device"] == "cuda"
+    record = json.loads((tmp_path / "installed" / "stvit" / "_C.json").read_text())
+    assert record["architectures"] == ["8.0", "9.0"]
 
 
 def test_a_wheel_without_the_extension_says_why(wheel, stand_in):

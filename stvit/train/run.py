@@ -326,7 +326,7 @@ def _flag(name: str, value: Any) -> str:
 
 @contextmanager
 def _quiet_destructors() -> Iterator[None]:
-    """Within, what fails in a destructor is not printed: PyTorch's loaders do when they are cut off while they start."""
+    """Within, what fails in a destructor is not printed; those of PyTorch's loaders do when cut off at their start."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
         yield
