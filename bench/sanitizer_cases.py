@@ -194,12 +194,13 @@ def planted_kernel(target, offset, LENGTH: tl.constexpr):  # type: ignore[no-unt
 
 
 def plant(backend: str, device: torch.device) -> None:
-    """triton: one write 3 KiB past the end of a tensor of 1 KiB. cuda: weights of 64 pixels, read for 4096."""
+    """triton: one write 3 KiB past the end of a tensor of 1 KiB. cuda: memory of 64 pixels, read for 4096."""
     if backend == "triton":
         planted_kernel[(1,)](torch.zeros(256, device=device), 1024, LENGTH=32)
     else:
-        weights = torch.zeros(1, 8, 8, 9, device=device).permute(0, 3, 1, 2)
+        weights = torch.zeros(1, 64, 64, 9, device=device).permute(0, 3, 1, 2)
         pixels = torch.zeros(1, 8, 64, 64, device=device)
+        pixels.untyped_storage().resize_(8 * 64 * 4)  # behind the tensor's back
         ops.kernels("cuda", "upsampling").upsampling_backward(pixels, weights, 8, 8, False)
     if device.type == "cuda":
         torch.cuda.synchronize()
