@@ -25,7 +25,7 @@ from torch import nn
 import stvit
 from bench import console, record
 from bench.authors_model import authors_model
-from bench.traffic_count import Counted, count_inference, count_step
+from bench.traffic_count import Counted, count
 from bench.traffic_floor import floor
 from stvit.dispatch import BACKENDS
 from stvit.model import CONFIGS
@@ -93,10 +93,10 @@ def examine(what: str, args: argparse.Namespace) -> Subject:
 def _counted(
     what: str, build: Callable[[], nn.Module], args: argparse.Namespace, *, channels_last: bool = True
 ) -> Subject:
-    count = count_inference if args.inference else count_step
     counted: Counted = count(
-        build, args.batch, args.size, DTYPES[args.dtype], autocast=args.autocast, channels_last=channels_last
-    )
+        build, args.batch, args.size, DTYPES[args.dtype],
+        inference=args.inference, autocast=args.autocast, channels_last=channels_last,
+    )  # fmt: skip
     rows = [Row(what, *key, *moved) for key, moved in counted.rows.items()]
     return Subject(rows, counted.saved)
 

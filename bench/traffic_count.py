@@ -143,22 +143,27 @@ class Scopes:
         self.scopes.append(self.stack[-1])
 
 
-def count_step(
+def count(
     build: Callable[[], nn.Module],
     batch: int,
     size: int,
     dtype: torch.dtype,
     *,
+    inference: bool = False,
     autocast: bool = False,
     channels_last: bool = True,
 ) -> Counted:
     """Counts one training step of the model that `build` returns, on images (batch, 3, size, size).
 
-    autocast=False: activations and weights in `dtype`. True: float32 weights under autocast to `dtype`. The optimiser
-    is a fused AdamW on float32 weights either way.
+    inference=True: one forward in evaluation mode instead. autocast=False: activations and weights in `dtype`. True:
+    float32 weights under autocast to `dtype`. The optimiser is a fused AdamW on float32 weights either way.
     """
-    built = _on_fake_gpu(lambda: build().train(), batch, size, dtype, autocast, channels_last)
+    built = _on_fake_gpu(lambda: build().train(not inference), batch, size, dtype, autocast, channels_last)
     with built as (model, images, counter, scopes):
+        if inference:
+            with counter, cuda_autocast(dtype if autocast else None), torch.no_grad():
+                model(images)
+            return Counted(counter.rows, 0, batch)
         labels = torch.zeros(batch, dtype=torch.long, device="cuda")
         saved = Saved(model)
         with counter, cuda_autocast(dtype if autocast else None), saved.hooks():
@@ -169,23 +174,6 @@ def count_step(
             backward(loss, lambda node: setattr(counter, "scope", scopes.of(node)))
         _optimise(counter, [parameter.shape for parameter in model.parameters()])
     return Counted(counter.rows, held_bytes, batch)
-
-
-def count_inference(
-    build: Callable[[], nn.Module],
-    batch: int,
-    size: int,
-    dtype: torch.dtype,
-    *,
-    autocast: bool = False,
-    channels_last: bool = True,
-) -> Counted:
-    """Counts one forward in evaluation mode of the model that `build` returns; arguments as for `count_step`."""
-    built = _on_fake_gpu(lambda: build().eval(), batch, size, dtype, autocast, channels_last)
-    with built as (model, images, counter, _):
-        with counter, cuda_autocast(dtype if autocast else None), torch.no_grad():
-            model(images)
-    return Counted(counter.rows, 0, batch)
 
 
 @contextmanager

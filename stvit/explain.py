@@ -123,7 +123,7 @@ def _why_general(shape: Shape, dtype: torch.dtype) -> str:
         return "the fast kernel is for 16-bit numbers"
     if shape.channels % 8:
         return "the channels are no multiple of 8"
-    return "the channels or the tiles are too large for shared memory"
+    return "the channels or the tiles are too large for the fast kernel"
 
 
 def _spread(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:

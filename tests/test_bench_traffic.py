@@ -14,7 +14,7 @@ from torch import nn
 import stvit
 from bench import traffic
 from bench.authors_model import authors_model
-from bench.traffic_count import Counter, Saved, count_step
+from bench.traffic_count import Counter, Saved, count
 from bench.traffic_fake import backward, cuda_autocast, fake_gpu
 from bench.traffic_floor import floor
 from bench.traffic_ops import CATEGORIES, Traffic, nbytes
@@ -243,7 +243,7 @@ def test_autocast_is_cudas():
 
 
 def step(name, build, batch, **options):
-    return count_step(build, batch, 64, torch.bfloat16, channels_last=name != "authors", **options)
+    return count(build, batch, 64, torch.bfloat16, channels_last=name != "authors", **options)
 
 
 @needs_cuda_build

@@ -105,6 +105,15 @@ def test_the_fast_kernels_keep_to_registers(taken: list[Usage]) -> None:
     assert not [usage for usage in fast if usage.stack or usage.local]
 
 
+def test_the_documented_registers_are_those_taken(taken: list[Usage]) -> None:
+    text = (extensions.ROOT / "docs" / "kernels.md").read_text()
+    walk = re.search(r"`walk_kernel`, all maps \| 512 \| at most (\d+) ", text)
+    spread = re.search(r"`spread_kernel` \| 128 \| (\d+) on compute capability 9\.0 ", text)
+    assert walk and max(usage.registers for usage in taken if "walk" in usage.kernel) <= int(walk[1])
+    found = {usage.registers for usage in taken if "spread" in usage.kernel and usage.architecture == "sm_90"}
+    assert spread and found == {int(spread[1])}
+
+
 def test_static_shared_memory_leaves_the_rest_to_the_plan(taken: list[Usage]) -> None:
     # csrc/plan.cpp and csrc/spread.cuh count dynamic shared memory only; 1 KiB of each block is the system's own.
     assert not [usage for usage in taken if usage.shared > 1024]
