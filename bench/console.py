@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,17 @@ USAGE_ERROR = 2  # argparse's own exit code for a wrong command line
 def say(text: str = "") -> None:
     """One line, at once, also into a file or a pipe."""
     print(text, flush=True)
+
+
+def positive(text: str) -> int:
+    """A command line's whole number from 1 on."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+    return value
 
 
 def usage_error(message: str) -> NoReturn:

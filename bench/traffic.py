@@ -200,8 +200,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "python -m bench.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=sorted(CONFIGS), default="stvit_small")
-    parser.add_argument("--batch", type=_positive, default=128, metavar="N", help="images of a step (128)")
-    parser.add_argument("--size", type=_positive, default=224, metavar="N", help="pixels a side (224)")
+    parser.add_argument("--batch", type=console.positive, default=128, metavar="N", help="images of a step (128)")
+    parser.add_argument("--size", type=console.positive, default=224, metavar="N", help="pixels a side (224)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations and weights (bfloat16)")
     parser.add_argument("--autocast", action="store_true", help="float32 weights, autocast to --dtype, as one trains")
     parser.add_argument("--drop-path", type=float, default=0.1, metavar="P", help="rate of the last block (0.1)")
@@ -236,13 +236,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.batch * math.ceil(args.size / 32) ** 2 < 2:
         parser.error("argument --batch: BatchNorm needs more than one pixel in the last stage, got one image of one")
     return args
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
 
 
 def _subjects(text: str) -> list[str]:

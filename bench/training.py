@@ -59,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("--models", nargs="+", metavar="NAME", choices=list(CONFIGS), help="by default stvit_small, _base, _large")
-    add("--sizes", nargs="+", type=_positive, metavar="PIXELS", help="of images, by default 224 and 384")
-    add("--batch", type=_positive, metavar="N", help="images, by default 128; halved where memory doesn't suffice")
+    add("--sizes", nargs="+", type=console.positive, metavar="PIXELS", help="of images, by default 224 and 384")
+    add("--batch", type=console.positive, metavar="N", help="images, by default 128; halved where memory doesn't suffice")
     add("--contenders", nargs="+", metavar="NAME", choices=list(CONTENDERS), help="by default all that can run")
     only = p.add_mutually_exclusive_group()
     only.add_argument("--train", action="store_true", help="training steps only")
@@ -93,22 +93,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
-    return value
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
 def _above_zero(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
     return value
 
 
 def _rate(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"expected a rate from 0 to below 1, got {text}")
     return value

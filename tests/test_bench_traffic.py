@@ -398,7 +398,7 @@ def test_record_writes_the_ceiling(tmp_path, monkeypatch, capsys):
     [
         (["--what", "nobody"], "expected some of authors, reference, ours, optimized, floor"),
         (["--batch", "0"], "--batch"),
-        (["--size", "big"], "--size"),
+        (["--size", "big"], "--size: expected a whole number, at least 1, got 'big'"),
         (["--dtype", "float32", "--autocast"], "16-bit"),
         (["--dtype", "float32", "--backend", "cuda"], "cuda is counted in 16 bits"),
         (["--drop-path", "1"], "--drop-path"),
