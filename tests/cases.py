@@ -19,7 +19,7 @@ from hypothesis import Phase
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stvit import extension
+from stvit import dispatch, extension
 from stvit.geometry import grid_size
 from stvit.kernels import configs
 
@@ -184,6 +184,8 @@ LISTED = [
     *(Case(2, 20, 7, 10, (4, 3), BRAIN, full, 2, LAST, LAST) for full in (False, True)),
     *(Case(1, 300, 5, 7, (2, 3), BRAIN, full, layout=SLICED) for full in (False, True)),
 ]
+
+
 def each(name: str, values: Iterable[Case | torch.dtype]) -> pytest.MarkDecorator:
     """Runs a test for each backend with each value, of a dtype or with one, that it can run on."""
     pairs = [
@@ -238,7 +240,7 @@ def launching(case: Case, device: str) -> Iterator[None]:
         found = tuned(x, tile)
         steps = case.batch * math.prod(case.grid) * case.n_iter
         steps *= math.ceil(tile / found.pixels) * math.ceil(x.shape[1] / found.channels)
-        if device != "cpu" or steps <= 24:
+        if not dispatch.interpreting() or steps <= 24:
             return found
         return configs.Blocks(min(configs.power_of_two(max(tile, 16)), 256), 256, 4)
 

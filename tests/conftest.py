@@ -1,11 +1,13 @@
 """What every test runs under: kernels interpreted or emulated where there is no GPU, fixed seeds, fresh memory full of
 NaN."""
 
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
 UNDER_XDIST = "PYTEST_XDIST_WORKER" in os.environ
@@ -89,6 +91,20 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
     yield
     torch.use_deterministic_algorithms(was_on, warn_only=was_warning)
+
+
+@pytest.fixture(scope="session")
+def compiling() -> Iterator[Executor]:
+    """A process in which Triton compiles, whatever it does in this one. What it runs has to be importable there."""
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawning) as process:
+        interpreted = os.environ.pop("TRITON_INTERPRET", None)
+        try:
+            process.submit(os.getpid).result()  # starts it
+        finally:
+            if interpreted is not None:
+                os.environ["TRITON_INTERPRET"] = interpreted
+        yield process
 
 
 @pytest.fixture(scope="session")
