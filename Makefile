@@ -25,13 +25,13 @@ test: $(INSTALLED) ## run the tests, on the GPU where there is one (ARGS="-k lay
 
 lint: $(INSTALLED) ## check the style
 	$(PY) -m ruff check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* tests/emulation/*.h tests/emulation/*.c*)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* tests/support/emulation/*.h tests/support/emulation/*.c*)
 
 types: $(INSTALLED) ## check the type hints
 	$(PY) -m mypy
 
 docs: $(INSTALLED) ## check the links, paths, commands and examples in the documentation
-	$(PY) -m pytest -q tests/test_docs.py
+	$(PY) -m pytest -q tests/host/test_docs.py
 
 # Sets nothing up: where .venv is missing PYTHON runs it, whose torch and triton are those of the machine.
 STAGE ?= all

@@ -16,8 +16,9 @@ COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "
 
 
 def load_settings():
-    """stvit/build.py, without importing stvit."""
-    spec = importlib.util.spec_from_file_location("stvit_build", Path(__file__).parent / "stvit" / "build.py")
+    """stvit/backends/build.py, without importing stvit."""
+    path = Path(__file__).parent / "stvit" / "backends" / "build.py"
+    spec = importlib.util.spec_from_file_location("stvit_build", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

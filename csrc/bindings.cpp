@@ -1,7 +1,7 @@
 // The one file that knows torch: registers the ops stvit_cuda::*, and is the Python module stvit._C.
 //
 // The ops have the signatures of the functions in kernels/sampling.py and kernels/upsampling.py. They have no autograd of
-// their own: stvit/ops.py calls them below its own ops, whose fakes and autograd all backends share. From C++ they are
+// their own: stvit/backends/ops.py calls them below its own ops, whose fakes and autograd all backends share. From C++ they are
 // called through the dispatcher, c10::Dispatcher::singleton().findSchemaOrThrow("stvit_cuda::sampling", "").
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

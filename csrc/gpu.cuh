@@ -1,5 +1,5 @@
 // What the kernels ask of the hardware, in one place: number formats, device memory, barriers, shuffles, the matrix
-// instruction, asynchronous copies and launches. tests/emulation/gpu.cuh offers the same names on the CPU, so that the
+// instruction, asynchronous copies and launches. tests/support/emulation/gpu.cuh offers the same names on the CPU, so that the
 // kernels themselves hold no `#ifdef`.
 #pragma once
 

@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stvit.geometry import accumulator, is_channels_last
-from stvit.ops import empty_pixels
-
+from ..tensors import accumulator, empty_pixels, is_channels_last
 from . import configs
 
 ELEMENTS = 2048  # numbers that a program of 4 warps holds at a time

@@ -1,7 +1,7 @@
 """Launch parameters by shape. A small table instead of autotuning: nothing is timed on a user's first step.
 
 The numbers keep a program's pixels x channels in registers without a spill on sm_80, sm_90 and sm_100, which
-tests/test_compile.py reads off the compiled kernels. Runs of tiles and warps are to be set by measurement.
+tests/host/test_compile.py reads off the compiled kernels. Runs of tiles and warps are to be set by measurement.
 """
 
 from __future__ import annotations

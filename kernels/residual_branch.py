@@ -12,9 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stvit.geometry import accumulator, is_channels_last
-from stvit.ops import empty_pixels
-
+from ..tensors import accumulator, empty_pixels, is_channels_last
 from . import configs
 from .channel_layer_norm import PROGRAMS, index, rows_at
 

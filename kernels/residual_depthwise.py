@@ -17,9 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stvit.geometry import is_channels_last
-from stvit.ops import empty_pixels
-
+from ..tensors import empty_pixels, is_channels_last
 from . import configs
 
 ROWS = 4  # of a strip in the forward

@@ -13,9 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stvit.geometry import accumulator, grid_size, is_channels_last
-from stvit.ops import by_pixel, empty_pixels, empty_weights
-
+from ..geometry import grid_size
+from ..tensors import accumulator, by_pixel, empty_pixels, empty_weights, is_channels_last
 from .pixels_to_tokens import ASSOCIATE, DIFFERENTIATE, pixels_to_tokens
 from .pooling import pooling
 from .tokens_to_pixels import tokens_to_pixels

@@ -12,9 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stvit.geometry import grid_size, is_channels_last
-from stvit.ops import by_pixel, empty_pixels, empty_weights
-
+from ..geometry import grid_size
+from ..tensors import by_pixel, empty_pixels, empty_weights, is_channels_last
 from .pixels_to_tokens import PRODUCTS, WEIGHTED, pixels_to_tokens
 from .tokens_to_pixels import tokens_to_pixels
 

@@ -6,14 +6,14 @@ from pathlib import Path as _Path
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from .accelerate import Report, accelerate, accelerate_report, restore
+from .backends.dispatch import BackendError, available_backends, use_backend
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .dispatch import BackendError, available_backends, use_backend
 from .functional import super_token_sampling, token_upsampling
 from .geometry import Association
-from .inference import optimize_for_inference
 from .model import STViT, stvit_base, stvit_large, stvit_small, stvit_tiny
 from .modules import StokenAttention
+from .swap.accelerate import Report, accelerate, accelerate_report, restore
+from .swap.folding import optimize_for_inference
 from .timm_models import register as _register
 
 __version__ = "0.1.0"

@@ -7,16 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import block_ops, dispatch, ops, reference
-from .geometry import (
-    Association,
-    check_branch,
-    check_depthwise,
-    check_norm,
-    check_sampling,
-    check_upsampling,
-    is_channels_last,
-)
+from . import reference
+from .backends import dispatch
+from .backends.channel_layer_norm import NormAndSkip
+from .checks import check_branch, check_depthwise, check_norm, check_sampling, check_upsampling
+from .geometry import Association
+from .tensors import autocast, autocast_dtype, is_channels_last
 
 
 def super_token_sampling(
@@ -49,7 +45,7 @@ def super_token_sampling(
         BackendError: the backend named can't run; every reason is listed.
     """
     (h, w), n_iter, scale = check_sampling(x, stoken_size, n_iter, scale)
-    x = ops.autocast(x)
+    x = autocast(x)
     name = dispatch.choose(backend, x)
     if name == "reference":
         with torch.autocast(x.device.type, enabled=False):
@@ -85,7 +81,7 @@ def token_upsampling(
         BackendError: the backend named can't run; every reason is listed.
     """
     check_upsampling(stokens, association, residual)
-    stokens = ops.autocast(stokens)
+    stokens = autocast(stokens)
     weights: Any = association.weights.to(stokens.dtype)
     (h, w), channels_last = association.stoken_size, association.channels_last
     name = dispatch.choose(backend, stokens)
@@ -153,8 +149,8 @@ def channel_layer_norm(
     eps = check_norm(x, weight, bias, eps)
     name = dispatch.choose_for_block(backend, x)
     if name == "reference":
-        return ops.autocast(reference.channel_layer_norm(x, weight, bias, eps))
-    return torch.ops.stvit.channel_layer_norm(x, weight, bias, eps, ops.autocast_dtype(x), name)[0]
+        return autocast(reference.channel_layer_norm(x, weight, bias, eps))
+    return torch.ops.stvit.channel_layer_norm(x, weight, bias, eps, autocast_dtype(x), name)[0]
 
 
 def channel_layer_norm_and_skip(
@@ -168,8 +164,8 @@ def channel_layer_norm_and_skip(
     eps = check_norm(x, weight, bias, eps)
     name = dispatch.choose_for_block(backend, x)
     if name == "reference":
-        return ops.autocast(reference.channel_layer_norm(x, weight, bias, eps)), x
-    return block_ops.NormAndSkip.apply(x, weight, bias, eps, ops.autocast_dtype(x), name)
+        return autocast(reference.channel_layer_norm(x, weight, bias, eps)), x
+    return NormAndSkip.apply(x, weight, bias, eps, autocast_dtype(x), name)
 
 
 def residual_branch(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import stvit
-from stvit import dispatch, explain, extension
+from stvit.backends import dispatch, explain, extension
 
 EXAMPLES = """\
 examples:
@@ -90,7 +90,7 @@ def collect() -> dict[str, Any]:
 
     `backends` maps each backend to the reasons why it can't run here; no reasons means that it can. See `default` for
     `default_backend`, `auto_picks` and `error`.
-    `extension` is what `stvit.extension.describe` says of the compiled extension.
+    `extension` is what `stvit.backends.extension.describe` says of the compiled extension.
     """
     return {
         "versions": {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .geometry import check_pixels
+from .checks import check_pixels
 from .modules import SuperTokenBlock
 
 # What tells the models apart. Everywhere: tiles of 8, 4, 1, 1 pixels a side, one iteration, MLP ratio 4.

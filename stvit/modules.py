@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import dispatch, functional
-from .geometry import check_pixels, is_channels_last, memory_format, stoken_pair
+from . import functional
+from .backends import dispatch
+from .checks import check_pixels, stoken_pair
+from .tensors import is_channels_last, memory_format
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:

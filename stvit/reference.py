@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import accumulator, grid_size, is_channels_last, memory_format
+from .geometry import grid_size
+from .tensors import accumulator, is_channels_last, memory_format
 
 EPS = 1e-12
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import stvit
+from stvit.backends.dispatch import check_backend
 from stvit.checkpoint import read_checkpoint
-from stvit.dispatch import check_backend
 from stvit.geometry import Association
 from stvit.model import CONFIGS
 from stvit.train.errors import UserError

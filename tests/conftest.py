@@ -21,12 +21,12 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import emulated  # noqa: E402
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from stvit import extension  # noqa: E402
+from stvit.backends import extension  # noqa: E402
+from tests.support import emulated  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

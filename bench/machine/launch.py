@@ -25,7 +25,7 @@ from bench.machine.counters import Counters
 from bench.machine.machine import Kernel
 from bench.machine.memory import Range
 from bench.machine.parse import Fault
-from stvit import dispatch
+from stvit.backends import dispatch
 
 WIDTHS = {"i64": "u64", "u64": "u64", "fp64": "f64", "fp32": "f32"}  # of parameters that aren't 32-bit integers
 

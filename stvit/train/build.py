@@ -15,7 +15,7 @@ from timm.scheduler import create_scheduler
 from torch import nn
 
 import stvit
-from stvit import dispatch
+from stvit.backends import dispatch
 from stvit.model import CONFIGS
 from stvit.train.engine import Precision
 from stvit.train.errors import UserError

@@ -9,13 +9,14 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from typing import Any
 
-import compiled_runs
 import pytest
-import test_channel_layer_norm as norm
-import test_residual_branch as branch
-import test_residual_depthwise as depthwise
-from block_cases import Pixels
-from cases import BRAIN, DOUBLE, HALF, LAST, SINGLE, SLICED, SLICED_LAST, Case
+
+from tests.kernels import test_channel_layer_norm as norm
+from tests.kernels import test_residual_branch as branch
+from tests.kernels import test_residual_depthwise as depthwise
+from tests.support import compiled_runs
+from tests.support.block_cases import Pixels
+from tests.support.cases import BRAIN, DOUBLE, HALF, LAST, SINGLE, SLICED, SLICED_LAST, Case
 
 CAPABILITIES = (80, 90)
 BOTH = (False, True)  # detached, full
@@ -55,11 +56,11 @@ BRANCH = [
     branch.Case(Pixels(2, 20, 3, 3, DOUBLE), keep=False),
 ]
 LISTED = {
-    "test_sampling": STOKENS,
-    "test_upsampling": [case._replace(n_iter=1) for case in STOKENS],
-    "test_residual_depthwise": DEPTHWISE,
-    "test_channel_layer_norm": NORM,
-    "test_residual_branch": BRANCH,
+    "tests.kernels.test_sampling": STOKENS,
+    "tests.kernels.test_upsampling": [case._replace(n_iter=1) for case in STOKENS],
+    "tests.kernels.test_residual_depthwise": DEPTHWISE,
+    "tests.kernels.test_channel_layer_norm": NORM,
+    "tests.kernels.test_residual_branch": BRANCH,
 }
 
 

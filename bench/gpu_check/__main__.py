@@ -1,0 +1,6 @@
+import sys
+
+from bench.gpu_check.run import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""What `python -m bench.ops` times: ops, shapes, contenders, and the bytes that an op must move.
+
+A further op is one entry of OPS, or of BLOCK_OPS in block_cases.py: its name, what it takes and returns, how each
+family runs it, and its floor. Bytes of a floor, after the table of the design: X are the bytes of x, A = 9/C X those of
+the association's weights; tensors of super tokens (X/64 and X/16 at the published stages) are left out, so the floor
+stays a lower bound.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import stvit
+from bench.baselines import official
+from bench.baselines.attention import AuthorsStokenAttention
+from stvit import reference
+from stvit.backends import dispatch
+from stvit.geometry import Association, grid_size
+from stvit.modules import Attention, StokenAttention
+from stvit.tensors import memory_format
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODES = {"detached": False, "association_grad": True}
+PASSES = ("forward", "forward+backward")
+
+# Stage: (channels, heads) of stages 1 and 2, whose tiles are 8 x 8 and 4 x 4; those of B and L are the same.
+STAGES = {"S": ((64, 1), (128, 2)), "B": ((96, 2), (192, 3)), "L": ((96, 2), (192, 3))}
+IMAGES = {"224": (224, 224), "384": (384, 384), "800x1344": (800, 1344)}
+
+
+class Shape(NamedTuple):
+    """Pixels (C, H, W), the tile of a super token, heads of the refinement; batch where the shape fixes one."""
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    tile: tuple[int, int]
+    heads: int
+    batch: int | None = None
+
+
+def published_shapes() -> list[Shape]:
+    """Stages 1 and 2 of S and B (L has B's) at every image size, named like S/1/224."""
+    return [parse_shape(f"{model}/{stage}/{image}") for image in IMAGES for model in "SB" for stage in (1, 2)]
+
+
+def parse_shape(text: str) -> Shape:
+    """S/1/224 (model, stage, image) or 2x64x56x56/8x8 (B, C, H, W and the tile). ValueError for anything else."""
+    published = re.fullmatch(r"([SBL])/([12])/(\w+)", text)
+    if published and published[3] in IMAGES:
+        stage = int(published[2])
+        channels, heads = STAGES[published[1]][stage - 1]
+        height, width = (side // (2 << stage) for side in IMAGES[published[3]])
+        tile = 8 // stage
+        return Shape(text.replace("L", "B"), channels, height, width, (tile, tile), heads)
+    explicit = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)/(\d+)x(\d+)", text)
+    if explicit and all(int(n) > 0 for n in explicit.groups()):
+        batch, channels, height, width, h, w = map(int, explicit.groups())
+        heads = channels // 64 if channels % 64 == 0 else 1
+        return Shape(text, channels, height, width, (h, w), heads, batch)
+    images = ", ".join(IMAGES)
+    raise ValueError(f"expected S/1/224 and the like (images {images}) or BxCxHxW/hxw as 2x64x56x56/8x8, got {text!r}")
+
+
+class Problem(NamedTuple):
+    """One setting of an op: everything its numbers depend on but the contender and the pass."""
+
+    shape: Shape
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    association_grad: bool = False
+    channels_last: bool = True  # the format of ours; the authors' runs in NCHW, as they train
+    autocast: bool = False
+
+    @property
+    def x_bytes(self) -> int:
+        shape = self.shape
+        return self.batch * shape.channels * shape.height * shape.width * self.dtype.itemsize
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the association's weights: 9/C of those of x."""
+        return self.batch * 9 * self.shape.height * self.shape.width * self.dtype.itemsize
+
+    def sizes(self, name: str) -> tuple[int, int, int, int]:
+        """The shape of the tensor called `name`: x and y are pixels, hidden those in the middle of the MLP."""
+        shape = self.shape
+        if name == "hidden":
+            return (self.batch, 4 * shape.channels, shape.height, shape.width)
+        if name == "stokens":
+            return (self.batch, shape.channels, *grid_size(shape.height, shape.width, shape.tile))
+        return (self.batch, 9 if name == "weights" else shape.channels, shape.height, shape.width)
+
+
+class Contender(NamedTuple):
+    """A family of code and how it is run."""
+
+    name: str
+    family: str
+    compiled: bool = False
+
+    @property
+    def baseline(self) -> bool:
+        return self.family in ("authors", "reference")
+
+
+# In the order in which they run: compiling takes tens of seconds.
+CONTENDERS = [
+    Contender("triton", "triton"),
+    Contender("cuda", "cuda"),
+    Contender("authors", "authors"),
+    Contender("reference", "reference"),
+    Contender("authors compiled", "authors", compiled=True),
+    Contender("reference compiled", "reference", compiled=True),
+]
+
+
+def interpreted(contender: Contender, device: torch.device) -> bool:
+    """Whether its kernels run in Triton's interpreter, or emulated on the CPU: that speed means nothing."""
+    if contender.family == "triton" and dispatch.interpreting():
+        return True
+    return contender.family in ("triton", "cuda") and device.type == "cpu"
+
+
+class Implementation(NamedTuple):
+    """`run` maps the op's inputs to a tuple of its outputs; parameters are differentiated beside the inputs."""
+
+    run: Callable[..., tuple[Tensor, ...]]
+    parameters: dict[str, nn.Parameter] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op to time. Tensors go by name: x, y (pixels), stokens, weights; see Problem.sizes."""
+
+    name: str
+    inputs: Callable[[Problem], dict[str, bool]]  # name -> whether it is differentiated
+    outputs: tuple[str, ...]
+    implement: Callable[[Problem, str, ModuleType | None], Implementation]  # problem, family, the authors' module
+    floor: Callable[[Problem], tuple[int, int]]  # bytes of the forward and of the backward
+    split: bool = False  # a part of what the authors' code does in one go
+    associates: bool = True  # whether the gradient modes differ
+
+    def why_not(self, contender: Contender, problem: Problem, authors: ModuleType | None) -> list[str]:
+        """The reasons why the contender can't run this; an empty list means that it can. Builds the extension."""
+        if contender.family == "authors":
+            reasons = []
+            if problem.association_grad:
+                reasons.append("the authors' formulation has no gradient through the association")
+            if self.split and authors is not None:
+                reasons.append("the authors' code has sampling and upsampling in one function")
+            return reasons
+        reasons = dispatch.why_not(contender.family, problem.device, problem.dtype, True)
+        if dispatch.interpreting() and contender.family == "triton" and problem.dtype == torch.bfloat16:
+            reasons.append("Triton's interpreter computes bfloat16 wrongly")
+        return reasons
+
+
+def in_layout(name: str, tensor: Tensor, problem: Problem, family: str) -> Tensor:
+    """The tensor as the family keeps it: ours in the problem's format, the authors' in NCHW, weights (B, T, P, 9)."""
+    if family == "authors":
+        tiled = reference.pixels_by_tile(tensor, problem.shape.tile) if name == "weights" else tensor
+        return tiled.contiguous()
+    return tensor.contiguous(memory_format=memory_format(problem.channels_last or name == "weights"))
+
+
+def out_of_layout(name: str, tensor: Tensor, problem: Problem, family: str) -> Tensor:
+    """The (B, C, H, W) tensor of what `in_layout` gives."""
+    if family == "authors" and name == "weights":
+        return reference.pixels_from_tiles(tensor, problem.shape.tile, (problem.shape.height, problem.shape.width))
+    return tensor
+
+
+def _placed(module: nn.Module, problem: Problem) -> nn.Module:
+    return module.to(problem.device, torch.float32 if problem.autocast else problem.dtype)
+
+
+def _authors_core(problem: Problem) -> AuthorsStokenAttention:
+    core = _placed(AuthorsStokenAttention(problem.shape.tile), problem)
+    assert isinstance(core, AuthorsStokenAttention)
+    return core
+
+
+def _sampling(problem: Problem, family: str, authors: ModuleType | None) -> Implementation:
+    tile = problem.shape.tile
+    if family == "authors":
+        return Implementation(_authors_core(problem).sampling)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        stokens, association = stvit.super_token_sampling(
+            x, tile, association_grad=problem.association_grad, backend=family
+        )
+        return stokens, association.weights
+
+    return Implementation(run)
+
+
+def _upsampling(problem: Problem, family: str, authors: ModuleType | None) -> Implementation:
+    shape = problem.shape
+    if family == "authors":
+        core, size = _authors_core(problem), (shape.height, shape.width)
+        return Implementation(lambda stokens, weights: (core.upsampling(stokens, weights, size),))
+
+    sizes = problem.sizes("stokens")
+    mass = torch.ones((sizes[0], 1, *sizes[2:]), device=problem.device)  # upsampling looks at its shape alone
+
+    def run(stokens: Tensor, weights: Tensor) -> tuple[Tensor]:
+        association = Association(weights, mass, shape.tile, problem.channels_last)
+        return (stvit.token_upsampling(stokens, association, backend=family),)
+
+    return Implementation(run)
+
+
+def _core(problem: Problem, family: str, authors: ModuleType | None) -> Implementation:
+    shape = problem.shape
+    if family == "authors":
+        theirs = official.super_token_attention(authors, shape.channels, shape.tile, None) if authors else None
+        core = _placed(theirs, problem) if theirs else _authors_core(problem)
+        return Implementation(lambda x: (core(x),))
+
+    def run(x: Tensor) -> tuple[Tensor]:
+        stokens, association = stvit.super_token_sampling(
+            x, shape.tile, association_grad=problem.association_grad, backend=family
+        )
+        return (stvit.token_upsampling(stokens, association, backend=family),)
+
+    return Implementation(run)
+
+
+def _attention(problem: Problem, family: str, authors: ModuleType | None) -> Implementation:
+    shape = problem.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # every family gets the same weights
+        ours = StokenAttention(
+            shape.channels, shape.tile, num_heads=shape.heads, qkv_bias=True,
+            association_grad=problem.association_grad, backend="reference" if family == "authors" else family,
+        )  # fmt: skip
+    module: nn.Module = ours
+    if family == "authors" and authors:
+        module = official.super_token_attention(authors, shape.channels, shape.tile, shape.heads)
+        module.load_state_dict(ours.state_dict())
+    elif family == "authors":
+        assert isinstance(ours.stoken_refine, Attention)  # its reference backend is the authors' formulation
+        module = _AuthorsAttention(shape.tile, ours.stoken_refine)
+    module = _placed(module, problem)
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return Implementation(lambda x: (module(x),), parameters)
+
+
+class _AuthorsAttention(AuthorsStokenAttention):
+    """The authors' formulation with refinement; parameters are called as in the published checkpoints."""
+
+    def __init__(self, stoken_size: tuple[int, int], stoken_refine: Attention) -> None:
+        super().__init__(stoken_size)
+        self.stoken_refine = stoken_refine
+
+    def forward(self, x: Tensor) -> Tensor:
+        stokens, association = self.sampling(x)
+        return self.upsampling(self.stoken_refine(stokens), association, (x.shape[2], x.shape[3]))
+
+
+def _floor_of_sampling(problem: Problem) -> tuple[int, int]:
+    """Forward X + A: x read once, the weights written. Backward detached X + A: weights read, dx written.
+
+    Backward through the association 2X + 2A: dx = A D^-1 dS + scale * dlogit S0 + pooling's part. dlogit takes
+    <x_p, dS[n]>, hence x is read once more (X), beside the weights (A) and, from upsampling, the gradient of the
+    weights (A); dx is written (X). The sums dS0 reach one tile further than dx; a kernel that walks down the tiles and
+    keeps dlogit of the last rows on chip needs no second read of x for them.
+    """
+    x, weights = problem.x_bytes, problem.weight_bytes
+    return x + weights, 2 * x + 2 * weights if problem.association_grad else x + weights
+
+
+def _floor_of_upsampling(problem: Problem) -> tuple[int, int]:
+    """Forward A + X: weights read, y written. Backward detached A + X: weights and dy read.
+
+    Backward through the association X + 2A: dA[p, k] = <dy_p, S'[n]> is written too (A); S' counts as nothing.
+    """
+    x, weights = problem.x_bytes, problem.weight_bytes
+    return weights + x, x + 2 * weights if problem.association_grad else weights + x
+
+
+def _floor_of_both(problem: Problem) -> tuple[int, int]:
+    """The sums: detached 2X + 2A each way; through the association 3X + 4A backward. Refinement adds only tokens."""
+    sampling, upsampling = _floor_of_sampling(problem), _floor_of_upsampling(problem)
+    return sampling[0] + upsampling[0], sampling[1] + upsampling[1]
+
+
+def _of_x(problem: Problem) -> dict[str, bool]:
+    return {"x": True}
+
+
+# In the order of importance.
+OPS = [
+    Op("core", _of_x, ("y",), _core, _floor_of_both),
+    Op("attention", _of_x, ("y",), _attention, _floor_of_both),
+    Op("sampling", _of_x, ("stokens", "weights"), _sampling, _floor_of_sampling, split=True),
+    Op(
+        "upsampling",
+        lambda problem: {"stokens": True, "weights": problem.association_grad},
+        ("y",), _upsampling, _floor_of_upsampling, split=True,
+    ),
+]  # fmt: skip

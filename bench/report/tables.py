@@ -1,0 +1,304 @@
+"""Reads result files, picks the rows that tables and figures show, and writes the tables in Markdown.
+
+Only files measured on a GPU count (environment.device == "cuda"). A row without a speed (its gate failed, memory ended,
+it raised) never shows a number. Ratios are taken within one file: both sides ran in the same run on the same GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+EAGER, COMPILED = "authors", "authors compiled"  # contenders of bench.ops
+OPS = {
+    "core": "Super token attention without refinement",
+    "attention": "Super token attention with refinement",
+    "sampling": "Super token sampling",
+    "upsampling": "Token upsampling",
+    "gelu_depthwise": "GELU and residual depthwise 3x3",
+    "residual_depthwise": "Residual depthwise 3x3",
+    "channel_layer_norm": "LayerNorm over channels",
+    "residual_branch": "LayerScale, drop-path and residual",
+}
+MODES = {"train": "Training step", "inference": "Inference"}
+DASH = "–"
+
+
+class ResultError(Exception):
+    """A result file can't be read, or two of them hold the same measurement."""
+
+
+class Result(NamedTuple):
+    """One result file."""
+
+    path: Path
+    benchmark: str
+    environment: dict[str, Any]
+    rows: list[Row]
+    about: dict[str, Any]  # the whole file
+
+
+class Group(NamedTuple):
+    """What is compared with each other: rows of one file that differ in the contender alone."""
+
+    result: Result
+    key: tuple[Any, ...]
+    rows: dict[str, Row]
+
+    @property
+    def any(self) -> Row:
+        return next(iter(self.rows.values()))
+
+
+def load(results: Path) -> tuple[dict[str, list[Result]], list[str]]:
+    """The files of each GPU's folder, and those refused, with the reason. Raises ResultError for one it can't read."""
+    found: dict[str, list[Result]] = {}
+    refused = []
+    for path in sorted(results.glob("*/*.json")):
+        try:
+            content = json.loads(path.read_text())
+            result = Result(path, content["benchmark"], content["environment"], content["rows"], content)
+            device = result.environment["device"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ResultError(f"{path} is no result file: {type(error).__name__}: {error}") from error
+        if device != "cuda":
+            refused.append(f"{path}: measured on {device}, not on a GPU")
+        elif "kind" not in content:  # a profile, of the same benchmark
+            found.setdefault(path.parent.name, []).append(result)
+    return found, refused
+
+
+def groups(results: Iterable[Result], benchmark: str, keys: Sequence[str]) -> list[Group]:
+    """The benchmark's rows by the values of `keys`, in the files' order."""
+    found: dict[tuple[Any, ...], Group] = {}
+    for result in results:
+        if result.benchmark != benchmark:
+            continue
+        for row in result.rows:
+            try:
+                key = tuple(row[name] for name in keys)
+                group = found.setdefault(key, Group(result, key, {}))
+                if group.result.path != result.path:
+                    what = ", ".join(map(str, key))
+                    raise ResultError(f"{group.result.path} and {result.path} both hold {benchmark} of {what}")
+                group.rows[row["contender"]] = row
+            except KeyError as error:
+                raise ResultError(f"{result.path}: a row lacks {error}") from error
+    return list(found.values())
+
+
+def about(result: Result) -> str:
+    """GPU, driver, versions and commit."""
+    e = result.environment
+    commit = f"commit {e['commit'][:10]}" if e.get("commit") else "commit unknown"
+    parts = [e["name"], f"driver {e.get('driver')}", f"torch {e['torch']}", f"triton {e.get('triton')}", commit]
+    return ", ".join(parts) + ("" if e.get("clean", True) else " with local changes")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table; the columns after the first `left` are aligned right."""
+    lines = [header, ["---" if i < left else "---:" for i in range(len(header))], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits that count, and all of those before the point."""
+    decimals = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{decimals}f}"
+
+
+def times(a: float, b: float) -> str:
+    return f"{number(a / b)}x"
+
+
+# Ops: median_ms, p20_ms, p80_ms of rows whose status is "timed".
+
+
+def ops_groups(results: Iterable[Result]) -> list[Group]:
+    """Forward + backward, detached, without autocast; of each op and shape the first dtype (bfloat16 where it was
+    timed) and the largest batch at which one of our kernels was."""
+    keys = ("op", "shape", "batch", "dtype", "mode", "autocast", "pass")
+    wanted = [
+        group
+        for group in groups(results, "ops", keys)
+        if group.key[4:] == ("detached", False, "forward+backward") and ours(group) is not None
+    ]
+    best: dict[tuple[str, str], Group] = {}
+    for group in wanted:
+        kept = best.setdefault(group.key[:2], group)
+        if (group.key[3] == "bfloat16", group.key[2]) > (kept.key[3] == "bfloat16", kept.key[2]):
+            best[group.key[:2]] = group
+    order = list(OPS)
+    return sorted(best.values(), key=lambda g: order.index(g.key[0]) if g.key[0] in order else len(order))
+
+
+def by_op(results: Iterable[Result]) -> list[tuple[str, list[Group]]]:
+    return [(op, list(found)) for op, found in itertools.groupby(ops_groups(results), lambda group: group.key[0])]
+
+
+def timed(group: Group, contender: str) -> Row | None:
+    row = group.rows.get(contender)
+    return row if row is not None and row["status"] == "timed" else None
+
+
+def ours(group: Group) -> Row | None:
+    """The fastest of our kernels."""
+    rows = [row for row in group.rows.values() if row["status"] == "timed" and not row["baseline"]]
+    return min(rows, key=lambda row: row["median_ms"], default=None)
+
+
+def shape_name(row: Row) -> str:
+    """ "S stage 1, 224" for a published shape."""
+    if not row["models"]:
+        return str(row["shape"])
+    return f"{'/'.join(row['models'])} stage {row['stage']}, {row['shape'].split('/')[-1]}"
+
+
+def milliseconds(group: Group, contender: str) -> str:
+    """ "1.23 [1.22, 1.25]", or why there is no time."""
+    row = group.rows.get(contender)
+    if row is None:
+        return DASH
+    if row["status"] != "timed":
+        return {"failed gate": "wrong result", "out of memory": "out of memory"}.get(row["status"], "failed")
+    return f"{number(row['median_ms'])} [{number(row['p20_ms'])}, {number(row['p80_ms'])}]"
+
+
+def ops_table(of_op: Sequence[Group]) -> str:
+    header = [
+        "shape", "C x H x W", "batch", "authors, ms", "compiled, ms", "ours, ms", "kernels", "over eager",
+        "over compiled", "of the floor", "memory, MiB",
+    ]  # fmt: skip
+    rows = []
+    for group in of_op:
+        mine = ours(group)
+        assert mine is not None
+        eager, compiled = timed(group, EAGER), timed(group, COMPILED)
+        memory = mine["peak_bytes"] and f"{number(mine['peak_bytes'] / 2**20)}"
+        if memory and eager and eager["peak_bytes"]:
+            memory = f"{memory} / {number(eager['peak_bytes'] / 2**20)}"
+        rows.append([
+            shape_name(mine), f"{mine['channels']} x {mine['height']} x {mine['width']}", str(mine["batch"]),
+            milliseconds(group, EAGER), milliseconds(group, COMPILED), milliseconds(group, mine["contender"]),
+            mine["contender"], times(eager["median_ms"], mine["median_ms"]) if eager else DASH,
+            times(compiled["median_ms"], mine["median_ms"]) if compiled else DASH, f"{mine['percent_of_floor']:.0f} %",
+            memory or DASH,
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
+# Training: images_per_s, _p20, _p80 of rows without an "error".
+
+
+def training_groups(results: Iterable[Result]) -> list[Group]:
+    return groups(results, "training", ("model", "size", "mode"))
+
+
+def fastest(group: Group, wanted: Sequence[str]) -> Row | None:
+    """The fastest of the contenders named, each of which may be a prefix that ends with *."""
+    rows = [
+        row
+        for name, row in group.rows.items()
+        if "error" not in row and any(name == w or (w[-1] == "*" and name.startswith(w[:-1])) for w in wanted)
+    ]
+    return max(rows, key=lambda row: row["images_per_s"], default=None)
+
+
+def authors_eager(group: Group) -> Row | None:
+    """The authors' code at its better memory format."""
+    return fastest(group, ("authors", "authors-channels-last"))
+
+
+def authors_compiled(group: Group) -> Row | None:
+    return fastest(group, ("authors-compile*", "authors-max-autotune"))
+
+
+def ours_trained(group: Group) -> Row | None:
+    """Ours at its best, whatever that is; our own reference is no kernel of ours but may be compiled."""
+    return fastest(group, ("ours-*",))
+
+
+def is_ours(group: Group) -> bool:
+    return any(not name.startswith("timm") for name in group.rows)
+
+
+def images(row: Row | None) -> str:
+    """ "1,234 (graph)", the setting in brackets, and the batch where it had to be smaller than asked for."""
+    if row is None:
+        return DASH
+    setting = row["contender"].split("-", 1)[1:]
+    smaller = [f"batch {row['batch']}"] if row["batch"] != row["batch_asked"] else []
+    notes = ", ".join([*setting, *smaller])
+    return f"{number(row['images_per_s'])}{f' ({notes})' if notes else ''}"
+
+
+def training_table(of_mode: Sequence[Group]) -> str:
+    header = [
+        "model", "size", "batch", "authors, images/s", "compiled, images/s", "ours, images/s", "over eager",
+        "over compiled", "memory, GB",
+    ]  # fmt: skip
+    rows = []
+    for group in of_mode:
+        eager, compiled, mine = authors_eager(group), authors_compiled(group), ours_trained(group)
+        memory = DASH
+        if mine and mine["peak_bytes"]:
+            memory = f"{mine['peak_bytes'] / 1e9:.1f}"
+            if eager and eager["peak_bytes"] and eager["batch"] == mine["batch"]:
+                memory += f" / {eager['peak_bytes'] / 1e9:.1f}"
+        rows.append([
+            group.any["model"], str(group.any["size"]), str(group.any["batch_asked"]), images(eager), images(compiled),
+            images(mine), times(mine["images_per_s"], eager["images_per_s"]) if mine and eager else DASH,
+            times(mine["images_per_s"], compiled["images_per_s"]) if mine and compiled else DASH, memory,
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def context_table(found: Sequence[Group]) -> str:
+    """Models of timm beside stvit_small, at the sizes at which they ran; empty without one."""
+    sizes = {group.any["size"] for group in found if not is_ours(group)}
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for group in found:
+        name, size, mode = group.key
+        if size in sizes and (not is_ours(group) or name == "stvit_small"):
+            best = ours_trained(group) if is_ours(group) else fastest(group, ("timm*",))
+            rows.setdefault((name, size), {})[mode] = images(best)
+    cells = [[name, str(size), *(modes.get(mode, DASH) for mode in MODES)] for (name, size), modes in rows.items()]
+    return markdown(["model", "size", "training, images/s", "inference, images/s"], cells) if sizes else ""
+
+
+# Convergence: one file, one comparison; final_accuracy and the like of rows without an "error".
+
+
+def convergence_table(result: Result) -> str:
+    target = result.about["target_accuracy"]
+    to_target = f"s to {target:.1%}" if target is not None else "s to the same accuracy"
+    header = ["run", "steps", "accuracy", "seconds", to_target, "distance", "verdict"]
+    rows = []
+    for row in result.rows:
+        cells = [f"{row['contender']}, seed {row['seed']}", str(row["steps"])]
+        if "error" in row:
+            rows.append([*cells, *[DASH] * 4, "failed"])
+            continue
+        apart = (row.get("distance") or {}).get("mean")
+        verdict = {True: "passed", False: "too far", None: "baseline"}[row.get("passed")]
+        rows.append([
+            *cells, f"{row['final_accuracy']:.2%}", f"{row['seconds']:.1f}", f"{row['seconds_to_target']:.1f}",
+            DASH if apart is None else f"{apart:.4f}", verdict,
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def convergence_subject(result: Result) -> tuple[str, str]:
+    """("stvit_small at 224", "batch 64, bfloat16, ..."): what all runs of the file have in common."""
+    row = result.rows[0]
+    return f"{row['model']} at {row['size']}", f"batch {row['batch']}, {row['dtype']}, {result.about['data']}"
+
+
+def convergences(results: Iterable[Result]) -> list[Result]:
+    return [result for result in results if result.benchmark == "convergence" and result.rows]

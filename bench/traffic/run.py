@@ -1,0 +1,272 @@
+"""Bytes that one training step moves, kernels that it launches and bytes that it saves, counted without a GPU.
+
+    python -m bench.traffic                                    stvit_small, batch 128, 224 x 224, bfloat16
+    python -m bench.traffic --by block --what authors,ours,floor
+    python -m bench.traffic --autocast --by op --out traffic.json
+    python -m bench.traffic --inference                        a forward pass, also after optimize_for_inference
+    python -m bench.traffic --record                           rewrite the ceiling that the tests hold ours to
+
+A step is forward, loss and backward; the optimiser is listed apart, since it costs the same for any batch. MB are 10^6
+bytes an image, weights and their gradients included. What is counted, and the floor, is worked out in docs/traffic.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+import stvit
+from bench.baselines.model import authors_model
+from bench.harness import console, record
+from bench.traffic.count import Counted, count
+from bench.traffic.floor import floor
+from stvit.backends.dispatch import BACKENDS
+from stvit.model import CONFIGS
+
+CEILING = Path(__file__).with_name("ceiling.json")
+SUBJECTS = {
+    "authors": "the authors' formulation (bench/baselines/model.py), NCHW",
+    "reference": "our model with the reference backend, channels_last",
+    "ours": "our model with --backend, channels_last",
+    "optimized": "the same after stvit.optimize_for_inference, for --inference",
+    "floor": "what has to move (bench/traffic/floor.py)",
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SMALLEST = 0.05  # MB an image below which rows of a table are put together
+
+
+class Row(NamedTuple):
+    """Bytes and kernels of a step, by where and what; the floor counts no kernels."""
+
+    what: str
+    phase: str
+    block: str
+    category: str
+    op: str
+    bytes: int
+    again: int | None
+    kernels: int | None
+
+
+class Subject(NamedTuple):
+    """One column: its rows, and the bytes that its forward saves."""
+
+    rows: list[Row]
+    saved: int
+
+    def bytes(self, **wanted: str) -> int:
+        """Of the step without the optimiser, of the rows whose fields are as wanted."""
+        return sum(row.bytes for row in self.step(**wanted))
+
+    @property
+    def optimiser(self) -> int:
+        return sum(row.bytes for row in self.rows if row.phase == "optimiser")
+
+    def step(self, **wanted: str) -> list[Row]:
+        rows = [row for row in self.rows if row.phase != "optimiser"]
+        return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
+
+
+def examine(what: str, args: argparse.Namespace) -> Subject:
+    """Counts, or works out, one of SUBJECTS."""
+    options = {"drop_path_rate": args.drop_path}
+    if what == "floor":
+        return _floor(args)
+    if what == "authors":
+        return _counted(what, lambda: authors_model(args.model, **options), args, channels_last=False)
+    backend = "reference" if what == "reference" else args.backend
+
+    def build() -> nn.Module:
+        model = getattr(stvit, args.model)(backend=backend, **options)
+        return stvit.optimize_for_inference(model) if what == "optimized" else model
+
+    return _counted(what, build, args)
+
+
+def _counted(
+    what: str, build: Callable[[], nn.Module], args: argparse.Namespace, *, channels_last: bool = True
+) -> Subject:
+    counted: Counted = count(
+        build, args.batch, args.size, DTYPES[args.dtype],
+        inference=args.inference, autocast=args.autocast, channels_last=channels_last,
+    )  # fmt: skip
+    rows = [Row(what, *key, *moved) for key, moved in counted.rows.items()]
+    return Subject(rows, counted.saved)
+
+
+def _floor(args: argparse.Namespace) -> Subject:
+    width = DTYPES[args.dtype].itemsize
+    lines = floor(args.model, args.size)
+    rows = [
+        Row("floor", phase, line.block, line.category, line.what, moved, None, None)
+        for line in lines
+        for phase, moved in zip(("forward", "backward"), line.bytes(args.batch, width), strict=True)
+    ]
+    return Subject(rows, width * args.batch * sum(line.saved for line in lines))
+
+
+def show(subjects: dict[str, Subject], args: argparse.Namespace) -> None:
+    """The table of --by, totals below."""
+    columns = {what: subject for what, subject in subjects.items() if args.by != "op" or what != "floor"}
+    groups = _groups(columns, args)
+    header = [args.by]
+    for what in columns:
+        header += [f"{what} MB"] if what == "floor" else [f"{what} MB", "kernels"]
+    table = [[name, *_cells(columns, args, members.__contains__)] for name, members in groups]
+    table.append(["total", *_cells(columns, args, lambda row: True)])
+    figures: dict[str, Callable[[Subject], int]] = {
+        "moved again inside an op": lambda subject: sum(row.again or 0 for row in subject.step()),
+        "saved for the backward": lambda subject: subject.saved,
+        "optimiser (MB a step)": lambda subject: args.batch * subject.optimiser,
+    }
+    for name, figure in list(figures.items())[: 1 if args.inference else None]:
+        cells = [name]
+        for what, subject in columns.items():
+            known = what != "floor" or name.startswith("saved")
+            cells += [_mb(figure(subject), args) if known else "-"] + ([""] if what != "floor" else [])
+        table.append(cells)
+    numbers = f"{args.dtype} {'autocast' if args.autocast else 'activations'}"
+    run = "forward pass" if args.inference else "step"
+    title = f"{args.model}, batch {args.batch}, {args.size} x {args.size}, {numbers}: MB an image moved by a {run}"
+    console.table(title, header, table)
+
+
+def _groups(columns: dict[str, Subject], args: argparse.Namespace) -> list[tuple[str, set[Row]]]:
+    """Rows by the field --by, in the order of blocks or by bytes; small ones together at the end."""
+    members: dict[str, set[Row]] = {}
+    for subject in columns.values():
+        for row in subject.step():
+            members.setdefault(getattr(row, args.by), set()).add(row)
+    largest = {
+        name: max(sum(row.bytes for row in rows if row.what == what) for what in columns)
+        for name, rows in members.items()
+    }
+    names = list(members) if args.by == "block" else sorted(members, key=lambda name: -largest[name])
+    groups = [(name, members[name]) for name in names if largest[name] >= SMALLEST * 1e6 * args.batch]
+    small = [name for name in names if name not in dict(groups)]
+    if small:
+        groups.append((f"{len(small)} smaller", set().union(*(members[name] for name in small))))
+    return groups
+
+
+def _cells(columns: dict[str, Subject], args: argparse.Namespace, wanted: Callable[[Row], bool]) -> list[str]:
+    cells = []
+    for what, subject in columns.items():
+        rows = [row for row in subject.step() if wanted(row)]
+        cells.append(_mb(sum(row.bytes for row in rows), args))
+        if what != "floor":
+            cells.append(str(sum(row.kernels or 0 for row in rows)))
+    return cells
+
+
+def _mb(moved: int, args: argparse.Namespace) -> str:
+    return f"{moved / args.batch / 1e6:.1f}"
+
+
+def ceilings(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """MB an image that ours moves and saves, rounded up, with activations in --dtype and under autocast."""
+    found = {}
+    for name, autocast in (("activations", False), ("autocast", True)):
+        subject = examine("ours", argparse.Namespace(**{**vars(args), "autocast": autocast}))
+        moved, saved = (math.ceil(n / args.batch / 1e4) / 100 for n in (subject.bytes(), subject.saved))
+        found[name] = {"moved_mb": moved, "saved_mb": saved}
+    return found
+
+
+def write_ceiling(path: Path, args: argparse.Namespace) -> None:
+    """Records what ours moves at present as the most that it may move from now on."""
+    before = json.loads(path.read_text())["ceilings"] if path.exists() else {}
+    settings = {name: getattr(args, name) for name in ("model", "batch", "size", "dtype", "drop_path", "backend")}
+    found = ceilings(args)
+    content = {
+        "command": "python -m bench.traffic --record", "torch": torch.__version__, **settings, "ceilings": found
+    }  # fmt: skip
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    for name, figures in found.items():
+        for figure, value in figures.items():
+            console.say(f"{name} {figure}: {before.get(name, {}).get(figure, 'none')} -> {value}")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(
+        "python -m bench.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=sorted(CONFIGS), default="stvit_small")
+    parser.add_argument("--batch", type=console.positive, default=128, metavar="N", help="images of a step (128)")
+    parser.add_argument("--size", type=console.positive, default=224, metavar="N", help="pixels a side (224)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations and weights (bfloat16)")
+    parser.add_argument("--autocast", action="store_true", help="float32 weights, autocast to --dtype, as one trains")
+    parser.add_argument("--drop-path", type=float, default=0.1, metavar="P", help="rate of the last block (0.1)")
+    parser.add_argument(
+        "--what", type=_subjects, metavar="LIST",
+        help="of " + "; ".join(f"{name}: {meaning}" for name, meaning in SUBJECTS.items())
+        + " (authors,ours,floor; with --inference authors,ours,optimized)",
+    )  # fmt: skip
+    parser.add_argument("--inference", action="store_true", help="a forward pass in evaluation mode, not a step")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="triton",
+        help="of ours (triton); it need not run here; cuda is counted as with enough images for a GPU, about 100",
+    )  # fmt: skip
+    parser.add_argument("--by", choices=("category", "op", "block"), default="category", help="rows (category)")
+    parser.add_argument("--quick", action="store_true", help="stvit_tiny, batch 2, 64 x 64")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write every row to FILE as JSON")
+    parser.add_argument("--record", action="store_true", help=f"only write {CEILING.name}, from the present count")
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.model, args.batch, args.size = "stvit_tiny", 2, 64
+    if args.autocast and args.dtype == "float32":
+        parser.error("argument --autocast: expected a 16-bit --dtype, got float32")
+    if args.backend == "cuda" and args.dtype == "float32":
+        parser.error("argument --backend: cuda is counted in 16 bits, expected such a --dtype, got float32")
+    args.what = args.what or ["authors", "ours", "optimized" if args.inference else "floor"]
+    if args.inference and ("floor" in args.what or args.record):
+        parser.error("argument --inference: expected neither floor nor --record, which are those of a training step")
+    if "optimized" in args.what and not args.inference:
+        parser.error("argument --what: optimized is for inference only, expected --inference with it")
+    if not 0 <= args.drop_path < 1:
+        parser.error(f"argument --drop-path: expected a probability below 1, got {args.drop_path}")
+    if args.batch * math.ceil(args.size / 32) ** 2 < 2:
+        parser.error("argument --batch: BatchNorm needs more than one pixel in the last stage, got one image of one")
+    return args
+
+
+def _subjects(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in SUBJECTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(SUBJECTS)}, got {', '.join(unknown)}")
+    return list(dict.fromkeys(names))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    if torch.version.cuda is None:
+        console.usage_error("this PyTorch is built without CUDA, whose ops are counted; no GPU is needed")
+    if args.record:
+        write_ceiling(CEILING, args)
+        return 0
+    subjects = {}
+    with console.progress(len(args.what)) as step:
+        for what in args.what:
+            step(what)
+            subjects[what] = examine(what, args)
+    show(subjects, args)
+    if args.out:
+        settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in ("out", "record")}
+        saved = {what: subject.saved for what, subject in subjects.items()}
+        rows = [row._asdict() for subject in subjects.values() for row in subject.rows]
+        record.write(args.out, "traffic", torch.device("cpu"), rows, settings=settings, saved=saved)
+        console.say(f"written: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

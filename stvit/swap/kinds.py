@@ -1,0 +1,393 @@
+"""The classes that `stvit.accelerate` puts in front of the authors' classes, and of copies of them.
+
+Modules are found by structure (attribute names, kinds of submodules, shapes), never by class name or import path. A
+module that is swapped stays the same object with the same parameters, submodules, hooks and state dict; only its class
+becomes a subclass of its own class with our forward in front. So isinstance, deepcopy, pickling, DDP and torch.compile
+go on as before, and the original forward is there, as super().forward, for every call that ours doesn't cover.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import types
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from ..backends import dispatch
+from ..checks import stoken_pair
+from ..tensors import DTYPES, is_channels_last, memory_format
+
+
+class Subclassed(nn.Module):
+    """Base of what is put in front of a module's own class; see `put_in_front`."""
+
+    prefix: str  # of the generated class's name
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A generated class can't be imported, so a pickle names what it is made of.
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        function, arguments, *rest = reduced
+        if function is copyreg.__newobj__ and arguments == (type(self),):  # type: ignore[attr-defined]
+            function, arguments = _empty_instance, _lineage(type(self))
+        return (function, arguments, *rest)
+
+
+@cache
+def _subclass(front: Any, original: Any) -> type:
+    body = {"__module__": front.__module__, "__doc__": front.__doc__, "stvit_original": original, "stvit_front": front}
+    name = f"{front.prefix}{original.__name__}"
+    return types.new_class(name, (front, original), {}, lambda namespace: namespace.update(body))
+
+
+def put_in_front(front: type[Subclassed], module: nn.Module) -> None:
+    """Makes `module` an instance of a subclass of (front, its own class)."""
+    classes: Any = (front, type(module))
+    module.__class__ = _subclass(*classes)
+
+
+def _lineage(generated: type) -> tuple[type, ...]:
+    """(the importable class, what was put in front of it, first to last)."""
+    if "stvit_original" not in vars(generated):
+        return (generated,)
+    return (*_lineage(vars(generated)["stvit_original"]), vars(generated)["stvit_front"])
+
+
+def front_of(module: nn.Module) -> type[Subclassed] | None:
+    """What was put in front of the module's class last; None if its class isn't one of ours."""
+    return vars(type(module)).get("stvit_front")
+
+
+def take_away(module: nn.Module) -> None:
+    """Undoes `put_in_front`, and forgets the settings that went with it."""
+    module.__class__ = vars(type(module))["stvit_original"]
+    for name in [name for name in vars(module) if name.startswith("_stvit_")]:
+        delattr(module, name)
+
+
+def _empty_instance(original: Any, *fronts: Any) -> Any:
+    for front in fronts:
+        original = _subclass(front, original)
+    return original.__new__(original)
+
+
+def silent(*passed_over: nn.Module) -> bool:
+    """Whether nothing is lost when these modules' parameters are used and the modules themselves are not called."""
+    return not any(
+        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+        for part in passed_over
+    )
+
+
+def _idle(drop: nn.Module) -> bool:
+    """Whether this nn.Dropout (or nn.Identity) passes its input on."""
+    return not drop.training or getattr(drop, "p", 0.0) == 0.0
+
+
+def _not_pointwise(module: nn.Module, name: str) -> str | None:
+    """Why the submodule `name` isn't a plain 1x1 convolution, or None. It is called, so a subclass is fine."""
+    conv = module._modules[name]
+    if not isinstance(conv, nn.Conv2d):
+        return f"{name} is a {type(conv).__name__}, expected a 1x1 nn.Conv2d"
+    plain = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1 and conv.padding in ((0, 0), 0)
+    return None if plain else f"{name} isn't a plain 1x1 convolution: {conv}"
+
+
+class Accelerated(Subclassed):
+    """Our forward for one 4-D tensor where `covers` says so; the original's for every other call.
+
+    `compute` is what a swapped module computes, as a function of any module of the structure that `misfit` accepts.
+    """
+
+    prefix = "Accelerated"
+    does: str
+    # Values of settings to try, and what to say when each agrees in its output and none in its gradient.
+    variants: tuple[dict[str, Any], ...] = ({},)
+    unlike: str | None = None
+    _stvit_backend: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and self.covers(self):
+            x = args[0]
+            if x.dim() == 4 and x.dtype in DTYPES:
+                return self.compute(self, x, self._stvit_backend)
+        return super().forward(*args, **kwargs)
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        """Whether the module has the tell-tale submodules, so that leaving it needs a reason."""
+        raise NotImplementedError
+
+    @staticmethod
+    def misfit(module: Any) -> str | None:
+        """Why the structure is another than the authors', or None."""
+        raise NotImplementedError
+
+    @staticmethod
+    def covers(module: Any) -> bool:
+        raise NotImplementedError
+
+    @staticmethod
+    def compute(module: Any, x: Tensor, backend: str) -> Tensor:
+        raise NotImplementedError
+
+    @staticmethod
+    def settings(module: Any) -> dict[str, Any]:
+        """Attributes that `compute` needs beside the module's own; their names start with _stvit_."""
+        return {}
+
+    @staticmethod
+    def trial_sizes(module: Any) -> list[tuple[int, int]]:
+        """Images (H, W) to try the module with: the first that its own forward accepts."""
+        return [(5, 6)]
+
+    def remark(self) -> str:
+        """What runs in the place of what, for reports."""
+        return f"{self.does} in place of {vars(type(self))['stvit_original'].__name__}, backend={self._stvit_backend!r}"
+
+
+class AcceleratedNorm(Accelerated):
+    """LayerNorm over channels, without permutes. Structure: `norm`, an nn.LayerNorm, and nothing else."""
+
+    does = "LayerNorm over channels"
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        return set(module._modules) == {"norm"} and isinstance(module._modules["norm"], nn.LayerNorm)
+
+    @staticmethod
+    def misfit(module: Any) -> str | None:
+        if type(module.norm) is not nn.LayerNorm or len(module.norm.normalized_shape) != 1:
+            return "norm isn't an nn.LayerNorm over one dimension"
+        return None if module.norm.bias is not None else "norm has no weight or no bias"
+
+    @staticmethod
+    def covers(module: Any) -> bool:
+        return type(module.norm) is nn.LayerNorm and silent(module.norm)
+
+    @staticmethod
+    def compute(module: Any, x: Tensor, backend: str) -> Tensor:
+        norm = module.norm
+        return functional.channel_layer_norm(x, norm.weight, norm.bias, norm.eps, backend)
+
+
+class AcceleratedDepthwise(Accelerated):
+    """x + depthwise3x3(x) in one pass. Structure: `conv`, a depthwise 3x3 nn.Conv2d, and nothing else."""
+
+    does = "residual depthwise convolution"
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        conv = module._modules.get("conv")
+        return set(module._modules) == {"conv"} and isinstance(conv, nn.Conv2d) and conv.groups > 1
+
+    @staticmethod
+    def misfit(module: Any) -> str | None:
+        conv = module.conv
+        if type(conv) is not nn.Conv2d:
+            return f"conv is a {type(conv).__name__}, expected nn.Conv2d"
+        geometry = (conv.kernel_size, conv.stride, conv.dilation, conv.padding_mode)
+        padded = conv.padding in ("same", (1, 1))
+        if geometry != ((3, 3), (1, 1), (1, 1), "zeros") or not padded or conv.weight.shape[:2] != (conv.groups, 1):
+            return f"conv isn't depthwise 3x3 with stride 1 and padding 1: {conv}"
+        return None
+
+    @staticmethod
+    def covers(module: Any) -> bool:
+        return type(module.conv) is nn.Conv2d and silent(module.conv)
+
+    @staticmethod
+    def compute(module: Any, x: Tensor, backend: str) -> Tensor:
+        return functional.residual_depthwise(x, module.conv.weight, module.conv.bias, False, backend)
+
+
+class AcceleratedMlp(Accelerated):
+    """The MLP with GELU inside the depthwise op, so that its output is never written.
+
+    Structure: 1x1 convolutions `fc1` and `fc2`, nn.GELU `act1` or `act`, `conv` with the structure of
+    `AcceleratedDepthwise`, nn.Dropout `drop`, and nothing else. With dropout active the original runs, with the
+    depthwise op inside it swapped.
+    """
+
+    does = "MLP with fused GELU"
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        return {"fc1", "fc2", "conv"} <= set(module._modules)
+
+    @staticmethod
+    def misfit(module: Any) -> str | None:
+        act = _activation(module)
+        if set(module._modules) != {"fc1", act, "fc2", "drop", "conv"}:
+            return f"submodules are {', '.join(module._modules)}; expected fc1, act1 or act, fc2, drop and conv"
+        if type(getattr(module, act)) is not nn.GELU or getattr(module, act).approximate != "none":
+            return f"{act} is {getattr(module, act)}; expected exact GELU"
+        if type(module.drop) is not nn.Dropout:
+            return f"drop is a {type(module.drop).__name__}, expected nn.Dropout"
+        if not AcceleratedDepthwise.resembles(module.conv):
+            return "conv isn't a module with one depthwise convolution, conv"
+        reason = _not_pointwise(module, "fc1") or _not_pointwise(module, "fc2")
+        return reason or AcceleratedDepthwise.misfit(module.conv)
+
+    @staticmethod
+    def covers(module: Any) -> bool:
+        act, drop, conv = getattr(module, module._stvit_act), module.drop, module.conv
+        swapped = isinstance(conv, AcceleratedDepthwise) and AcceleratedDepthwise.covers(conv)
+        return swapped and type(act) is nn.GELU and _idle(drop) and silent(act, drop, module.conv)
+
+    @staticmethod
+    def compute(module: Any, x: Tensor, backend: str) -> Tensor:
+        conv = module.conv.conv
+        hidden = functional.residual_depthwise(module.fc1(x), conv.weight, conv.bias, True, backend)
+        return module.drop(module.fc2(hidden))
+
+    @staticmethod
+    def settings(module: Any) -> dict[str, Any]:
+        return {"_stvit_act": _activation(module)}
+
+
+class AcceleratedAttention(Accelerated):
+    """Multi-head attention by scaled_dot_product_attention on strided views of one product.
+
+    Structure: 1x1 convolutions `qkv` (3 dim outputs, grouped by head) and `proj`, `num_heads`, `scale`, dropouts
+    `attn_drop` and `proj_drop` or neither. With attn_drop active the original runs, with its random numbers; so it
+    does on the reference backend, whose softmax is explicit.
+    """
+
+    does = "scaled_dot_product_attention"
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        return {"qkv", "proj"} <= set(module._modules)
+
+    @staticmethod
+    def misfit(module: Any) -> str | None:
+        if not set(module._modules) <= {"qkv", "proj", "attn_drop", "proj_drop"}:
+            return f"submodules are {', '.join(module._modules)}; expected qkv, proj, attn_drop and proj_drop"
+        reason = _not_pointwise(module, "qkv") or _not_pointwise(module, "proj")
+        if reason:
+            return reason
+        drop = module._modules.get("attn_drop")
+        if drop is not None and type(drop) not in (nn.Dropout, nn.Identity):
+            return f"attn_drop is a {type(drop).__name__}, expected nn.Dropout"
+        heads, scale = getattr(module, "num_heads", None), getattr(module, "scale", None)
+        if not isinstance(heads, int) or not isinstance(scale, (int, float)):
+            return f"num_heads and scale are {heads!r} and {scale!r}; expected an int and a float"
+        if module.qkv.out_channels != 3 * module.proj.in_channels or module.proj.in_channels % heads:
+            return f"qkv has {module.qkv.out_channels} outputs for proj's {module.proj.in_channels} and {heads} heads"
+        return None
+
+    @staticmethod
+    def covers(module: Any) -> bool:
+        backend = dispatch.default_backend() if module._stvit_backend == "auto" else module._stvit_backend
+        drop = module._modules.get("attn_drop")
+        return backend != "reference" and (drop is None or (_idle(drop) and silent(drop)))
+
+    @staticmethod
+    def compute(module: Any, x: Tensor, backend: str) -> Tensor:
+        tokens = module.qkv(x).flatten(2).transpose(1, 2).contiguous()  # (B, N, 3C): no copy in channels_last
+        q, k, v = tokens.unflatten(2, (module.num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, scale=module.scale).transpose(1, 2).flatten(2)
+        y = y.transpose(1, 2).unflatten(2, x.shape[2:])
+        y = module.proj(y.contiguous(memory_format=memory_format(is_channels_last(x))))
+        return module.proj_drop(y) if "proj_drop" in module._modules else y
+
+
+class AcceleratedStokenAttention(Accelerated):
+    """Super token attention by `super_token_sampling` and `token_upsampling`.
+
+    Structure: `unfold` and `fold` with constant one-hot `weights` (9, 1, 3, 3), any `stoken_refine` or none; attributes
+    `stoken_size` or `kernel_size`, `n_iter` or `layers` (1 if neither), `scale` (C ** -0.5 if missing), `refine`
+    (true if missing). All are read at each call, except a tile held in a tensor, which is read once.
+    """
+
+    does = "super token sampling and upsampling"
+    variants = ({"_stvit_association_grad": False}, {"_stvit_association_grad": True})
+    unlike = "its gradient is neither that of a constant association nor the whole one"
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        return {"unfold", "fold"} <= set(module._modules)
+
+    @staticmethod
+    def misfit(module: Any) -> str | None:
+        if not set(module._modules) <= {"unfold", "fold", "stoken_refine"}:
+            return f"submodules are {', '.join(module._modules)}; expected unfold, fold and stoken_refine"
+        for name in ("unfold", "fold"):
+            weights = getattr(module._modules[name], "weights", None)
+            if not isinstance(weights, Tensor) or weights.shape != (9, 1, 3, 3):
+                return f"{name} has no weights of shape (9, 1, 3, 3)"
+            one_hot = torch.eye(9, dtype=weights.dtype).reshape(9, 1, 3, 3)
+            if weights.requires_grad or not torch.equal(weights.cpu(), one_hot):
+                return f"{name}.weights aren't constant one-hot kernels"
+        try:
+            _pair(getattr(module, _tile_name(module)))
+        except (AttributeError, TypeError, ValueError) as error:
+            return str(error)
+        n_iter = _rounds(module)
+        if type(n_iter) is not int or n_iter < 1:
+            return f"n_iter is {n_iter!r}, expected a positive int"
+        if not isinstance(getattr(module, "scale", 1.0), (int, float)):
+            return f"scale is {module.scale!r}, expected a float"
+        return None
+
+    @staticmethod
+    def covers(module: Any) -> bool:
+        return silent(module.unfold, module.fold)
+
+    @staticmethod
+    def compute(module: Any, x: Tensor, backend: str) -> Tensor:
+        refine = module.stoken_refine if _refines(module) else None
+        held = getattr(module, module._stvit_tile_name)
+        tile = module._stvit_tile if isinstance(held, Tensor) else _pair(held)
+        if tile == (1, 1):
+            return x if refine is None else refine(x)
+        stokens, association = functional.super_token_sampling(
+            x, tile, _rounds(module), getattr(module, "scale", None), module._stvit_association_grad, backend
+        )
+        return functional.token_upsampling(stokens if refine is None else refine(stokens), association, backend)
+
+    @staticmethod
+    def settings(module: Any) -> dict[str, Any]:
+        name = _tile_name(module)
+        tile = _pair(getattr(module, name))
+        return {"_stvit_tile_name": name, "_stvit_tile": tile, "_stvit_association_grad": False}
+
+    @staticmethod
+    def trial_sizes(module: Any) -> list[tuple[int, int]]:
+        # 3 x 3 tiles, so that there is one with all its neighbours; padded, and for copies that don't pad, whole.
+        h, w = _pair(getattr(module, _tile_name(module)))
+        return [(3 * h - h // 2, 3 * w - w // 2), (3 * h, 3 * w)]
+
+    def remark(self) -> str:
+        return f"{super().remark()}, association_grad={self._stvit_association_grad}"
+
+
+KINDS = (AcceleratedStokenAttention, AcceleratedAttention, AcceleratedMlp, AcceleratedDepthwise, AcceleratedNorm)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return stoken_pair(size.tolist() if isinstance(size, Tensor) else size)
+
+
+def _tile_name(module: nn.Module) -> str:
+    for name in ("stoken_size", "kernel_size"):
+        if hasattr(module, name):
+            return name
+    raise AttributeError("it has no attribute stoken_size or kernel_size")
+
+
+def _rounds(module: Any) -> Any:
+    return getattr(module, "n_iter", None) or getattr(module, "layers", 1)
+
+
+def _refines(module: Any) -> bool:
+    return "stoken_refine" in module._modules and bool(getattr(module, "refine", True))
+
+
+def _activation(module: nn.Module) -> str:
+    return "act1" if "act1" in module._modules else "act"

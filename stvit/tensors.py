@@ -1,0 +1,65 @@
+"""Dtypes, memory formats and allocation: how pixels (B, C, H, W) and weights (B, 9, H, W) lie in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where autocast is on for x's device, else x's own; float64 stays, as with torch's own ops."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast asks for."""
+    return x.to(autocast_dtype(x))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of a (B, C, H, W) tensor lie next to each other in memory.
+
+    Decided by strides alone so that slices of a channels_last tensor count too.
+    """
+    return x.stride(1) == 1 and x.stride(3) != 1
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """The torch.memory_format that an output is allocated in."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty_pixels(
+    like: Tensor, channels: int, height: int, width: int, channels_last: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """An uninitialised (B, channels, height, width) tensor in the memory format and dtype (of `like`) asked for."""
+    shape = (like.shape[0], channels, height, width)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(channels_last))
+
+
+def empty_like_pixels(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor of x's shape and memory format, in `dtype`, else x's own."""
+    return empty_pixels(x, x.shape[1], x.shape[2], x.shape[3], is_channels_last(x), dtype)
+
+
+def empty_weights(x: Tensor) -> Tensor:
+    """Uninitialised weights (B, 9, H, W) for pixels x, with memory (B, H, W, 9)."""
+    return x.new_empty((x.shape[0], x.shape[2], x.shape[3], 9)).permute(0, 3, 1, 2)
+
+
+def by_pixel(weights: Tensor) -> Tensor:
+    """Weights (B, 9, H, W) with memory (B, H, W, 9), copied only where someone else made them otherwise.
+
+    Hooks of saved tensors do too: torch.autograd.graph.save_on_cpu(pin_memory=True) forgets strides.
+    """
+    return weights.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

@@ -1,0 +1,202 @@
+"""The block's ops as torch.compile sees them, and their kernels as compiled for GPUs that need not be there.
+
+Run as a program, ``python tests/host/test_block_compile.py 90`` prints what each kernel takes on a GPU of compute
+capability 9.0, as JSON lines.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import stvit
+from stvit.backends import registry
+from stvit.modules import SuperTokenBlock
+from tests.support.block_cases import wide_programs
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+CAPABILITIES = [80, 90, 100]
+# Channels of the stages of stvit_small, stvit_base and stvit_large, and the sides of their images of 224 x 224.
+STAGES = [(56, (64, 96)), (28, (128, 192)), (14, (320, 384, 448)), (7, (512, 640))]
+
+
+def arguments(device: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every op of the block, by a name that begins with that of the op."""
+    memory_format = torch.channels_last
+
+    def pixels(channels: int = 5, grad: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+        x = torch.randn(2, channels, 4, 3, device=device, dtype=dtype).contiguous(memory_format=memory_format)
+        return x.requires_grad_(grad)
+
+    def parameter(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype).requires_grad_(grad)
+
+    vector, half = parameter(5, grad=True), torch.float16
+    weight, keep = parameter(5, 1, 3, 3, grad=True), torch.rand(2, device=device)
+    mean, rstd = parameter(2, 4, 3), parameter(2, 4, 3)
+    sliced = torch.randn(3, 9, 7, 5, device=device)[1:, 1:6, 2:6, 1:4].requires_grad_()
+    end = (vector.detach(), keep)
+    return {
+        "residual_depthwise": (pixels(grad=True), weight, vector, True),
+        "residual_depthwise, no bias, sliced": (sliced, weight, None, False),
+        "residual_depthwise, half": (pixels(grad=True, dtype=half), weight, vector, True),
+        "residual_depthwise_backward": (pixels(), pixels(), weight.detach(), True),
+        "residual_depthwise_backward, sliced": (sliced.detach(), sliced.detach(), weight.detach(), False),
+        "channel_layer_norm": (pixels(grad=True), vector, parameter(5, grad=True), 1e-6, torch.float32),
+        "channel_layer_norm, sliced": (sliced, vector, parameter(5), 1e-6, torch.float32),
+        "channel_layer_norm, half y": (pixels(grad=True), vector, parameter(5, grad=True), 1e-6, half),
+        "channel_layer_norm_backward": (pixels(), None, pixels(), vector.detach(), mean, rstd),
+        "channel_layer_norm_backward, skip": (pixels(dtype=half), pixels(), pixels(), vector.detach(), mean, rstd),
+        "residual_branch": (pixels(grad=True), pixels(grad=True), vector, keep),
+        "residual_branch, sliced": (sliced, pixels(grad=True), vector, None),
+        "residual_branch, gamma": (pixels(grad=True), pixels(grad=True, dtype=half), vector, None),
+        "residual_branch, keep": (pixels(grad=True, dtype=half), pixels(grad=True, dtype=half), None, keep.half()),
+        "residual_branch_backward": (pixels(), pixels(dtype=half), *end, half),
+        "residual_branch_backward, gamma": (sliced.detach(), sliced.detach(), vector.detach(), None, torch.float32),
+        "residual_branch_backward, keep": (pixels(), None, None, keep, half),
+    }
+
+
+NAMES = list(arguments("cpu"))
+
+
+def test_every_op_is_checked() -> None:
+    assert {name.partition(",")[0] for name in NAMES} == set(registry.BLOCK_OPS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, device: str) -> None:
+    """Schema, autograd registration, fake kernel, and tracing with symbolic shapes."""
+    op = getattr(torch.ops.stvit, name.partition(",")[0]).default
+    torch.library.opcheck(op, (*arguments(device)[name], "triton"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fakes_have_the_strides_of_what_is_computed(name: str, device: str) -> None:
+    op = getattr(torch.ops.stvit, name.partition(",")[0])
+    given = [value.detach() if isinstance(value, Tensor) else value for value in arguments(device)[name]]
+    real = op(*given, "triton")
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in given]
+        fake = op(*fakes, "triton")
+    for tensor, imitation in zip(*(([r] if isinstance(r, Tensor) else r) for r in (real, fake)), strict=True):
+        assert (tensor.shape, tensor.dtype, tensor.stride()) == (imitation.shape, imitation.dtype, imitation.stride())
+
+
+class Small(nn.Sequential):
+    """A block of super tokens and one of pixels, one of them with LayerScale."""
+
+    def __init__(self, backend: str, layerscale: int) -> None:
+        options: dict[str, Any] = {"mlp_ratio": 2.0, "drop_path": 0.3, "init_values": 0.5, "backend": backend}
+        super().__init__(
+            *(SuperTokenBlock(4, tile, layerscale=i == layerscale, **options) for i, tile in enumerate((2, 1)))
+        )
+
+
+def assert_same_step(compiled: nn.Module, eager: nn.Module, x: Tensor) -> None:
+    """Output and gradients of a training step, the statistics after it, and where it leaves the random stream."""
+    results = []
+    for module in (compiled, eager):
+        x = x.detach().requires_grad_()
+        torch.manual_seed(1)
+        y = module(x)
+        stream = torch.rand(1)
+        grads = torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+        results.append([y.detach(), stream, *grads, *(buffer.clone() for buffer in module.buffers())])
+    largest = max(value.abs().max().item() for value in results[1])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13 * largest)
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("backend", "layerscale"), [("reference", 0), ("triton", 0), ("triton", 1)])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_blocks_equal_eager_ones(layerscale: int, backend: str, device: str) -> None:
+    """One graph, forward and backward, drop-path's random stream included; no compilation after the second batch."""
+    blocks = Small(backend, layerscale).to(device, torch.float64).to(memory_format=torch.channels_last)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(blocks), fullgraph=True, backend=counter)
+    frames = []
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 4, 3, 2, device=device, dtype=torch.float64)
+        with wide_programs(device):
+            assert_same_step(compiled, blocks, x.contiguous(memory_format=torch.channels_last))
+        frames.append(counter.frame_count)
+    assert frames[0] == 1 and frames[1] == frames[-1] == 2
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_model_equals_eager_one(backend: str, device: str) -> None:
+    """The whole model in one graph."""
+    model = stvit.stvit_tiny(num_classes=3, drop_path_rate=0.3, layerscale=(False, False, True, False),
+                             init_values=0.5, backend=backend).to(device, torch.float64)  # fmt: skip
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    with wide_programs(device):
+        assert_same_step(compiled, model, torch.randn(2, 3, 32, 32, dtype=torch.float64, device=device))
+
+
+def calls(channels: int, side: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What a stage of so many channels launches, with and without LayerScale and drop-path, under autocast or not."""
+
+    def op(name: str, *given: Any) -> tuple[str, Callable[[], Any]]:
+        return name, lambda: getattr(torch.ops.stvit, name)(*given, "triton")
+
+    def pixels(channels: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(1, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    for width, gelu in ((channels, False), (4 * channels, True)):
+        x, weight, bias = pixels(width), torch.zeros(width, 1, 3, 3), torch.zeros(width)
+        yield op("residual_depthwise", x, weight, bias, gelu)
+        yield op("residual_depthwise_backward", x, x, weight, gelu)
+    x, stream, vector, keep = pixels(channels), pixels(channels, torch.float32), torch.zeros(channels), torch.zeros(1)
+    mean = torch.zeros(1, side, side)
+    yield op("channel_layer_norm", x, vector, vector, 1e-6, dtype)
+    yield op("channel_layer_norm", stream, vector, vector, 1e-6, dtype)
+    yield op("channel_layer_norm_backward", x, None, x, vector, mean, mean)
+    yield op("channel_layer_norm_backward", x, x, x, vector, mean, mean)
+    yield op("channel_layer_norm_backward", x, stream, stream, vector, mean, mean)
+    for gamma, factors in ((None, keep.to(dtype)), (vector, keep)):
+        yield op("residual_branch", x if gamma is None else stream, x, gamma, factors)
+        grad = x if gamma is None else stream
+        yield op("residual_branch_backward", grad, None if gamma is None else x, gamma, factors, dtype)
+
+
+def compile_all(capability: int) -> Iterator[dict[str, Any]]:
+    from tests.support.compiled import compile_call
+
+    for side, widths in STAGES:
+        for channels in widths:
+            for dtype in DTYPES:
+                for name, call in calls(channels, side, dtype):
+                    for usage in compile_call(call, capability):
+                        yield {"side": side, "channels": channels, "dtype": str(dtype), "op": name, **usage._asdict()}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_compile_without_spills_or_atomics(capability: int, run_python: Callable[..., Any]) -> None:
+    """At the shapes of every stage. In a process of its own: this one may interpret Triton instead of compiling it."""
+    output = run_python(__file__, str(capability), env={"PYTHONPATH": str(Path(__file__).resolve().parents[2])}).stdout
+    kernels = [json.loads(line) for line in output.splitlines()]
+    assert not [kernel for kernel in kernels if kernel["stack"] or kernel["atomics"]]
+    compiled = {(kernel["channels"], kernel["side"], kernel["dtype"], kernel["op"]) for kernel in kernels}
+    stages = [(channels, side) for side, widths in STAGES for channels in widths]
+    assert compiled == {(*stage, str(dtype), op) for stage in stages for dtype in DTYPES for op in registry.BLOCK_OPS}
+
+
+if __name__ == "__main__":
+    for kernel in compile_all(int(sys.argv[1])):
+        print(json.dumps(kernel), flush=True)

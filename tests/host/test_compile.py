@@ -1,0 +1,111 @@
+"""The kernels of sampling and upsampling, compiled for GPUs that need not be there at the stages of published models.
+
+Nothing may spill from registers to the stack, and no kernel may hold an atomic instruction. Run as a
+program, ``python tests/host/test_compile.py 90`` prints what each kernel takes on a GPU of compute capability 9.0, as
+JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from stvit.backends import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+CAPABILITIES = [80, 90, 100]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+STAGES = {  # channels, and the side of a super token
+    "stvit_small, stage 1": (64, 8),
+    "stvit_small, stage 2": (128, 4),
+    "stvit_base and stvit_large, stage 1": (96, 8),
+    "stvit_base and stvit_large, stage 2": (192, 4),
+}
+# A batch of one gives each program a tile, one of 64 a row of them; sides of 384 are multiples of 16, those of 224 are
+# not. Triton compiles another kernel for each.
+BATCHES = {224: 1, 384: 64}
+
+
+class Compiled(NamedTuple):
+    """One kernel, where it came from and what it takes."""
+
+    stage: str
+    image: int
+    dtype: str
+    op: str
+    kernel: str
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    atomics: int
+
+
+Call = Callable[[], Any]
+
+
+def op(name: str, *arguments: Any) -> tuple[str, Call]:
+    return name, lambda: getattr(torch.ops.stvit, name)(*arguments, "triton")
+
+
+def attention(x: torch.Tensor, tile: int) -> Iterator[tuple[str, Call]]:
+    """The ops of sampling and upsampling on pixels x (B, C, H, W), in both gradient modes."""
+    batch, channels, height, width = x.shape
+    gh, gw = height // tile, width // tile
+    weights = x.new_empty(batch, height, width, 9).permute(0, 3, 1, 2)
+    stokens = torch.empty_like(x[:, :, :gh, :gw], memory_format=torch.channels_last)
+    mass = x.new_empty(batch, 1, gh, gw, dtype=torch.float32)
+    pooled, scale = x.new_empty(batch, gh, gw, channels), channels**-0.5
+    given = (stokens, weights, x, stokens, pooled, weights, mass)
+    yield op("sampling", x, tile, tile, 1, scale, True)
+    yield op("sampling_backward", stokens, weights, mass, tile, tile, True)
+    yield op("sampling_backward_full", *given, tile, tile, 1, scale)
+    yield op("upsampling", stokens, weights, None, tile, tile, True)
+    yield op("upsampling", stokens, weights, x, tile, tile, True)
+    yield op("upsampling_backward", x, weights, tile, tile, True)
+    yield op("upsampling_backward_full", x, stokens, weights, tile, tile)
+
+
+def compile_all(capability: int) -> Iterator[Compiled]:
+    from tests.support.compiled import compile_call
+
+    for image, batch in BATCHES.items():
+        for stage, (channels, tile) in STAGES.items():
+            side = image * tile // 32  # a quarter of the image with tiles of 8, an eighth with tiles of 4
+            for dtype in DTYPES:
+                x = torch.empty(batch, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+                for name, call in attention(x, tile):
+                    for usage in compile_call(call, capability):
+                        yield Compiled(stage, image, str(dtype), name, *usage)
+
+
+@pytest.fixture(scope="module", params=CAPABILITIES)
+def compiled(request: pytest.FixtureRequest, run_python: Callable[..., Any]) -> list[Compiled]:
+    """In a process of its own: this one may interpret Triton instead of compiling it."""
+    output = run_python(__file__, str(request.param), env={"PYTHONPATH": str(ROOT)}).stdout
+    return [Compiled(**json.loads(line)) for line in output.splitlines()]
+
+
+def test_every_kernel_compiles_without_spills_or_atomics(compiled: list[Compiled]) -> None:
+    assert not [kernel for kernel in compiled if kernel.stack or kernel.atomics]
+    # What was compiled is all there is: each op at each shape and dtype, and each kernel that isn't of the block's ops.
+    for stage in STAGES:
+        for image in BATCHES:
+            for dtype in map(str, DTYPES):
+                found = {kernel.op for kernel in compiled if kernel[:3] == (stage, image, dtype)}
+                assert found == set(registry.SUPER_TOKEN_OPS)
+    files = [path for path in (ROOT / "kernels").glob("*.py") if path.stem not in registry.BLOCK_OPS]
+    written = re.findall(r"^def (\w+_kernel)\(", "".join(path.read_text() for path in files), re.MULTILINE)
+    assert {kernel.kernel for kernel in compiled} == set(written)
+
+
+if __name__ == "__main__":
+    for kernel in compile_all(int(sys.argv[1])):
+        print(json.dumps(kernel._asdict()), flush=True)
