@@ -76,7 +76,7 @@ def name(case: Any) -> str:
 def listed() -> list[Any]:
     """Both 16-bit formats on both GPUs; the wide ones, whose compiled code hardly differs, on one."""
     return [
-        pytest.param(module, case, capability, id=f"{module[5:]}-{capability}-{name(case)}",
+        pytest.param(module, case, capability, id=f"{module.split("test_")[1]}-{capability}-{name(case)}",
                      marks=pytest.mark.xdist_group(f"compiled-{capability}"))
         for capability in CAPABILITIES
         for module, cases in LISTED.items()
