@@ -68,8 +68,8 @@ def _divide(a: Array, b: Array) -> Array:
     b = np.where(b == 0, b.dtype.type(1), b)
     if a.dtype.kind == "u":
         return a // b
-    magnitude = np.abs(a) // np.abs(b)
-    return np.where((a < 0) != (b < 0), -magnitude, magnitude)
+    floor = a // b
+    return floor + ((floor * b != a) & ((a < 0) != (b < 0)))
 
 
 ELEMENTWISE: dict[str, Function] = {
