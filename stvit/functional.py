@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -166,6 +167,33 @@ def channel_layer_norm_and_skip(
     if name == "reference":
         return autocast(reference.channel_layer_norm(x, weight, bias, eps)), x
     return NormAndSkip.apply(x, weight, bias, eps, autocast_dtype(x), name)
+
+
+def multi_head_attention(
+    tokens: Tensor,  # (B, N, 3C)
+    num_heads: int,
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Multi-head attention over N tokens by PyTorch's fused scaled_dot_product_attention: the refinement (Huang et al.,
+    CVPR 2023, eq. 6-7), and the attention of stages whose super tokens are pixels.
+
+    Args:
+        tokens: the product of the 1x1 convolution qkv, (B, N, 3C), its channels grouped by head: for each head its q,
+            then its k, then its v. Contiguous tokens are not copied.
+        num_heads: heads, a divisor of C.
+        scale: factor of the logits.
+        dropout: probability with which a weight is dropped.
+
+    Returns:
+        (B, N, C), the heads one after the other.
+    """
+    # Split before the heads are moved: the backward then stacks the gradients of q, k and v right into the layout of
+    # the product. After a permute of all three at once it would copy the whole of them once more.
+    heads = tokens.unflatten(2, (num_heads, 3, -1)).unbind(3)  # three of (B, N, heads, head_dim)
+    q, k, v = (part.transpose(1, 2) for part in heads)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    return y.transpose(1, 2).flatten(2)
 
 
 def residual_branch(

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
@@ -143,28 +142,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.qkv(x).flatten(2).transpose(1, 2)  # (B, N, 3C): contiguous as it is in channels_last
         backend = dispatch.default_backend() if self.backend == "auto" else self.backend
-        y = self._explicit(tokens) if backend == "reference" else self._fused(tokens.contiguous())
+        if backend == "reference":
+            y = self._explicit(tokens)
+        else:
+            drop = self.attn_drop.p if self.training else 0.0
+            y = functional.multi_head_attention(tokens.contiguous(), self.num_heads, self.scale, drop)
         y = _in_format_of(x, y.transpose(1, 2).unflatten(2, x.shape[2:]))
         return self.proj_drop(self.proj(y))
 
-    def _heads(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Views q, k, v of the one product, each (B, heads, N, head_dim).
-
-        Split before they are transposed: the backward then stacks their gradients right into the product's layout.
-        """
-        return tuple(part.transpose(1, 2) for part in tokens.unflatten(2, (self.num_heads, 3, -1)).unbind(3))
-
     def _explicit(self, tokens: Tensor) -> Tensor:
-        q, k, v = self._heads(tokens)
+        q, k, v = (part.transpose(1, 2) for part in tokens.unflatten(2, (self.num_heads, 3, -1)).unbind(3))
         weights = self.attn_drop((q @ k.transpose(2, 3) * self.scale).softmax(-1))
         y = v.transpose(2, 3) @ weights.transpose(2, 3)  # (B, heads, head_dim, N): the way NCHW wants it
         return y.flatten(1, 2).transpose(1, 2)
-
-    def _fused(self, tokens: Tensor) -> Tensor:
-        q, k, v = self._heads(tokens)
-        drop = self.attn_drop.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
-        return y.transpose(1, 2).flatten(2)
 
 
 class _NeighbourhoodKernel(nn.Module):

@@ -41,7 +41,7 @@ def why_not(name: str, device: torch.device) -> list[str]:
     backend, _, suffix = name.partition("+")
     if backend not in (*dispatch.BACKENDS, "authors") or suffix not in ("", "compile"):
         return [f"expected one of {', '.join(dispatch.BACKENDS)}, authors, with or without +compile"]
-    return dispatch.why_not(backend, device, None, True) if backend != "authors" else []
+    return dispatch.prepare(backend, device) if backend != "authors" else []
 
 
 def build(name: str, options: argparse.Namespace, classes: int) -> nn.Module:

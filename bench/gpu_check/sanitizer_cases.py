@@ -211,7 +211,7 @@ def able(device: torch.device) -> list[str]:
     """The backends that can run; of the others the reasons are told. Builds the extension."""
     found = []
     for name in dispatch.BACKENDS:
-        reasons = dispatch.why_not(name, device, None, True)
+        reasons = dispatch.prepare(name, device)
         if reasons:
             print(f"left out: {name}: {'; '.join(reasons)}", flush=True)
         elif name != "reference":

@@ -159,7 +159,7 @@ class Op:
             if self.split and authors is not None:
                 reasons.append("the authors' code has sampling and upsampling in one function")
             return reasons
-        reasons = dispatch.why_not(contender.family, problem.device, problem.dtype, True)
+        reasons = dispatch.prepare(contender.family, problem.device, problem.dtype)
         if dispatch.interpreting() and contender.family == "triton" and problem.dtype == torch.bfloat16:
             reasons.append("Triton's interpreter computes bfloat16 wrongly")
         return reasons

@@ -101,7 +101,7 @@ def why_not(name: str, device: torch.device) -> list[str]:
     if contender.compile_mode == "max-autotune" and device.type != "cuda":
         reasons.append("max-autotune is timed on a CUDA device only")
     if contender.backend != "auto":
-        reasons += dispatch.why_not(contender.backend, device, None, True)
+        reasons += dispatch.prepare(contender.backend, device)
     if contender.backend == "triton" and dispatch.interpreting():
         reasons.append("Triton's interpreter is on, and its speed says nothing")
     return reasons

@@ -65,16 +65,27 @@ def available_backends() -> dict[str, list[str]]:
     return {name: why_not(name, device) for name in BACKENDS}
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None, build: bool = False) -> list[str]:
+def why_not(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
     """The reasons why `backend` can't run on tensors of this device and dtype; an empty list means that it can.
 
-    An extension that is yet to be built counts as one that can run; `build` builds it, to be sure.
+    Builds nothing: an extension that `prepare` would build counts as one that can run.
     """
     if backend == "reference":
         return []
-    reasons = _triton_missing(device) if backend == "triton" else _extension_missing(device, build)
+    reasons = _triton_missing(device) if backend == "triton" else _extension_missing(device)
     if dtype is not None and dtype not in DTYPES:
         reasons.append(f"no kernel for {dtype}")
+    return reasons
+
+
+def prepare(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
+    """As `why_not`, after building what the backend lacks: the one place where a call may compile the extension."""
+    reasons = why_not(backend, device, dtype)
+    if backend == "cuda" and not reasons:
+        try:
+            extension.load()
+        except extension.ExtensionError as error:
+            return [str(error)]
     return reasons
 
 
@@ -89,19 +100,13 @@ def _triton_missing(device: torch.device) -> list[str]:
     return [] if interpreting() else _gpu_missing(device)
 
 
-def _extension_missing(device: torch.device, build: bool = False) -> list[str]:
+def _extension_missing(device: torch.device) -> list[str]:
     if extension.device() == "cpu":
         return [] if device.type == "cpu" else [f"the extension in use runs on the CPU, got tensors on {device.type}"]
     reasons = _gpu_missing(device)
     if reasons:  # which no extension changes, and looking for one initialises CUDA
         return reasons
-    reasons = extension.why_not() or extension.no_code(torch.cuda.get_device_capability(device))
-    if build and not reasons:
-        try:
-            extension.load()
-        except extension.ExtensionError as error:
-            return [str(error)]
-    return reasons
+    return extension.why_not() or extension.no_code(torch.cuda.get_device_capability(device))
 
 
 def _gpu_missing(device: torch.device) -> list[str]:
@@ -133,7 +138,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     Raises BackendError, listing every reason, when a backend named explicitly can't run.
     """
     if backend != "auto":
-        reasons = why_not(backend, device, dtype, True)
+        reasons = prepare(backend, device, dtype)
         if reasons:
             raise BackendError(f"backend={backend!r} can't run: {'; '.join(reasons)} (see python -m stvit.info)")
         return backend

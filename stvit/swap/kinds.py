@@ -14,7 +14,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
@@ -290,8 +289,7 @@ class AcceleratedAttention(Accelerated):
     @staticmethod
     def compute(module: Any, x: Tensor, backend: str) -> Tensor:
         tokens = module.qkv(x).flatten(2).transpose(1, 2).contiguous()  # (B, N, 3C): no copy in channels_last
-        q, k, v = tokens.unflatten(2, (module.num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, scale=module.scale).transpose(1, 2).flatten(2)
+        y = functional.multi_head_attention(tokens, module.num_heads, module.scale)
         y = y.transpose(1, 2).unflatten(2, x.shape[2:])
         y = module.proj(y.contiguous(memory_format=memory_format(is_channels_last(x))))
         return module.proj_drop(y) if "proj_drop" in module._modules else y

@@ -241,7 +241,7 @@ sanitizer_cases.plant("cuda", torch.device("cpu"))
 
 
 def test_backends_that_can_not_run_are_named(capsys, monkeypatch):
-    monkeypatch.setattr(sanitizer_cases.dispatch, "why_not", lambda name, *_: ["no GPU"] if name == "cuda" else [])
+    monkeypatch.setattr(sanitizer_cases.dispatch, "prepare", lambda name, *_: ["no GPU"] if name == "cuda" else [])
     assert sanitizer_cases.able(CPU) == ["triton"]
     assert capsys.readouterr().out == "left out: cuda: no GPU\n"
 

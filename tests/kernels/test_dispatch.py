@@ -66,7 +66,7 @@ def test_an_explicit_backend_that_cannot_run_says_every_reason(
 ) -> None:
     reasons = ["the first reason", "the second reason"]
     monkeypatch.setattr(dispatch, "_triton_missing", lambda device: list(reasons))
-    monkeypatch.setattr(dispatch, "_extension_missing", lambda device, build: list(reasons))
+    monkeypatch.setattr(dispatch, "_extension_missing", lambda device: list(reasons))
     for call in (lambda: sample(backend), lambda: token_upsampling(*refined(), backend)):
         with pytest.raises(BackendError) as error:
             call()
