@@ -212,6 +212,7 @@ def test_tensors_on_the_cpu_are_answered_without_a_look_at_gpus(monkeypatch: pyt
 
 def test_the_rest_of_the_block_beside_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_extension_missing", lambda *_: [])
+    monkeypatch.setattr(dispatch.extension, "load", lambda: None)
     assert dispatch.choose("cuda", torch.zeros(1)) == "cuda"
     assert dispatch.choose_for_block("cuda", torch.zeros(1)) == "reference"
     monkeypatch.setattr(dispatch, "_triton_missing", lambda device: [])
