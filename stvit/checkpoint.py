@@ -1,7 +1,8 @@
 """Reading and writing of checkpoint files. Nothing that a file holds is ever executed.
 
-A .pth file is read by PyTorch's restricted unpickler, which knows tensors and plain containers; `argparse.Namespace`,
-which the published files carry, is the one class allowed beside them. A .safetensors file holds tensors only.
+A .pth file is read by PyTorch's restricted unpickler, which knows tensors and plain containers. Allowed beside them are
+`argparse.Namespace`, which the published files carry, and NumPy's scalars and arrays of numbers, which other programs
+leave as accuracies and losses: none of them runs code when it is read. A .safetensors file holds tensors only.
 """
 
 from __future__ import annotations
@@ -10,15 +11,28 @@ import argparse
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 SHOWN = 3  # differing keys named of each kind
+PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
+# NumPy's pickles name the function that rebuilds a scalar or an array, by its place before and since NumPy 2.
+_NUMPY_FUNCTIONS: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]  # scalar, _reconstruct
+_NUMPY_PLACES = ("numpy.core.multiarray", "numpy._core.multiarray")
+_NUMPY: list[Any] = [
+    np.dtype,
+    np.ndarray,
+    *(type(np.dtype(code)) for code in "?bhilqBHILQefdFD"),
+    *((rebuild, f"{place}.{rebuild.__name__}") for place in _NUMPY_PLACES for rebuild in _NUMPY_FUNCTIONS),
+]
+READABLE: list[Any] = [argparse.Namespace, *_NUMPY]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -40,7 +54,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             contents = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals(READABLE):
                 contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes the readers raise
         raise CheckpointError(f"{path}: {_why_unreadable(error)}") from error
@@ -61,7 +75,14 @@ def load_checkpoint(model: Model, path: str | os.PathLike[str], *, use_ema: bool
     Raises CheckpointError (a ValueError) that names the file and what is wrong: unreadable, foreign, or the first
     keys that are missing, unexpected or of another shape. The model is then as it was before.
     """
-    weights = _state_dict(read_checkpoint(path), Path(path), "model_ema" if use_ema else "model")
+    return load_contents(model, read_checkpoint(path), path, use_ema=use_ema)
+
+
+def load_contents(
+    model: Model, contents: dict[str, Any], path: str | os.PathLike[str], *, use_ema: bool = False
+) -> Model:
+    """`load_checkpoint` for a file that `read_checkpoint` has read; `path` only names it in errors."""
+    weights = _state_dict(contents, Path(path), "model_ema" if use_ema else "model")
     bare = _unwrapped(model)
     difference = _difference(bare.state_dict(), weights)
     if difference:
@@ -74,22 +95,65 @@ def save_checkpoint(path: str | os.PathLike[str], **contents: Any) -> None:
     """Writes {name: value, ...} as a .pth file that `read_checkpoint` reads, e.g. model=model.state_dict(), epoch=3.
 
     The file appears whole or not at all: it is written beside its place and moved there. Raises TypeError when a
-    value is of a class that could not be read back without running code (pathlib.Path, NumPy scalars, ...).
+    value is of a class that could not be read back without running code (pathlib.Path, ...), OSError naming `path` when
+    it can't be written, such as on a full disk.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         with open(partial, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        with torch.serialization.safe_globals([argparse.Namespace]):
+            _save(contents, file)
+        with torch.serialization.safe_globals(READABLE):
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(partial)
         if unsafe:
             raise TypeError(f"contents: expected tensors, numbers, strings and containers, found {', '.join(unsafe)}")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields where to write: a file beside `path` that takes its place, on the disk, when the block ends.
+
+    When the block raises, or the disk is full, `path` stays as it was and the other file is removed; of a process that
+    is killed `.NAME.PID.partial` stays. An OSError names `path`.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+class _Recorder:
+    """A file for torch.save, which replaces the OSError of a failed write by a RuntimeError about positions."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(contents: dict[str, Any], file: IO[bytes]) -> None:
+    recorder = _Recorder(file)
+    try:
+        torch.save(contents, recorder)  # type: ignore[arg-type]
+        file.flush()
+    except Exception:
+        if recorder.error is not None:
+            raise recorder.error from None
+        raise
 
 
 def _why_unreadable(error: Exception) -> str:
@@ -112,10 +176,15 @@ def _state_dict(contents: dict[str, Any], path: Path, name: str) -> dict[str, Te
     if not isinstance(weights, Mapping) or not weights:
         found = ", ".join(repr(key) for key in list(contents)[:SHOWN]) or "nothing"
         raise CheckpointError(f"{path}: expected a state dict, or one under the key {name!r}; the file holds {found}")
-    for prefix in ("module.", "_orig_mod."):
-        if all(str(key).startswith(prefix) for key in weights):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return dict(weights)
+    return without_prefixes(weights)
+
+
+def without_prefixes(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values under their own names: prefixes that every name has are taken off until none is left."""
+    weights = dict(weights)
+    while prefix := next((p for p in PREFIXES if weights and all(str(key).startswith(p) for key in weights)), None):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -94,7 +94,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, world_size: int)
     Raises:
         UserError: for an unknown name or arguments that it does not take.
     """
-    options = optimizer_flags(args) | {"lr": args.lr * args.batch_size * world_size / 512}
+    options = optimizer_flags(args) | {"lr": args.lr * args.batch_size * args.grad_accum_steps * world_size / 512}
     try:
         return create_optimizer_v2(model, **options)
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:

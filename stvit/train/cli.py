@@ -1,4 +1,4 @@
-"""The command line: every flag of the published STViT training script, and a few of our own."""
+"""The program: flags in, an exit code and at most one line of error out."""
 
 from __future__ import annotations
 
@@ -6,287 +6,38 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
-from stvit.train.errors import Interrupted, Stop, UserError
-
-EXAMPLES = """\
-examples:
-  python main.py
-      train stvit_tiny on scikit-learn's handwritten digits: no download, a minute or two on a CPU
-  python main.py --data-set FOLDER --data-path photos --model stvit_small --output_dir runs/photos
-      train on any tree photos/{train,val}/CLASS/*.jpg (the second folder may be called test)
-  torchrun --nproc_per_node 8 -m stvit.train --model stvit_small --data-path imagenet --batch-size 128 \\
-           --drop-path 0.1 --output_dir runs/small
-      ImageNet on eight GPUs, the published recipe
-  python main.py --data-path imagenet --model stvit_small --eval --resume stvit-small-224.pth
-      accuracy of a published checkpoint
-  python main.py --data-set FOLDER --data-path photos --model stvit_small --finetune stvit-small-224.pth \\
-           --finetune-mode train --lr 1e-4 --epochs 20 --output_dir runs/photos
-      fine-tune a published checkpoint on your own classes
-
-exit codes: 0 done, 1 the loss became NaN or infinite, 2 a flag or a file is wrong, 130 interrupted.
-docs/training.md says more.
-"""
-
-# What a data set implies for flags that were not given. The other sets keep the published recipe.
-PRESETS: dict[str, dict[str, Any]] = {
-    "DIGITS": {
-        "model": "stvit_tiny",
-        "output_dir": "runs/digits",
-        "input_size": 64,
-        "batch_size": 64,
-        "epochs": 8,
-        "lr": 8e-3,
-        "min_lr": 1e-5,
-        "warmup_epochs": 1,
-        "cooldown_epochs": 0,
-        "sched_on_updates": True,
-        "drop_path": 0.0,
-        "model_ema": False,
-        "aa": "none",
-        "color_jitter": 0.0,
-        "reprob": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "repeated_aug": False,
-        "hflip": 0.0,
-        "scale": [0.6, 1.0],
-        "ratio": [0.8, 1.25],
-        "crop_pct": 1.0,
-        "num_workers": 0,
-        "threads": 1,  # so small a model gains little from two threads, and loses much where the CPU is shared
-    },
-}
-DATA_SETS = ("DIGITS", "FOLDER", "IMNET", "CIFAR", "INAT", "INAT19")
-IGNORED = "accepted and ignored, as in the published script"
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line: the usage of a hundred flags would bury them."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Shows examples as they are written, and each flag's default where its text doesn't name it."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        if "(default" in text or action.default in (None, "", False, argparse.SUPPRESS):
-            return text
-        value = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
-        return f"{text} (default: {'on' if value is True else value})"
-
-
-def _cpus() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _switch(group: Any, name: str, default: bool | None, text: str) -> None:
-    group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
-
-
-# fmt: off
-def _data_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add("--data-set", default=None, choices=DATA_SETS, help="DIGITS: scikit-learn's digits. FOLDER: "
-        "DIR/{train,val or test}/CLASS/*.jpg. IMNET: the same with 1000 classes. CIFAR: CIFAR-100 as torchvision "
-        "keeps it. INAT, INAT19: iNaturalist 2018, 2019. Nothing is downloaded (default: IMNET with --data-path, "
-        "otherwise DIGITS)")
-    add("--data-path", default="", metavar="DIR", help="where the data set lies")
-    add("--inat-category", default="name", choices=["kingdom", "phylum", "class", "order", "supercategory", "family",
-        "genus", "name"], help="level of iNaturalist's tree that makes the classes")
-
-
-def _model_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--model", default="stvit_small", metavar="NAME", help="stvit_tiny, stvit_small, stvit_base, stvit_large, or "
-        "any model of timm (default: stvit_small; stvit_tiny for DIGITS)")
-    add("--input-size", default=224, type=int, metavar="PIXELS", help="side of the square input image")
-    add("--drop", type=float, default=0.0, metavar="P", help="dropout rate")
-    add("--drop-path", type=float, default=0.1, metavar="P", help="stochastic depth rate of the last block")
-    add("--backend", default="auto", metavar="NAME", help="super token kernels of the STViT models: auto, "
-        "reference, triton or cuda")
-    _switch(group, "association-grad", False, "send gradients through the association instead of holding it constant")
-    _switch(group, "model-ema", True, "keep an exponential moving average of the weights")
-    add("--model-ema-decay", type=float, default=0.99996, metavar="D", help="decay of that average, each step")
-    _switch(group, "model-ema-force-cpu", False, "keep the average in host memory")
-    _switch(group, "eval-ema", False, "evaluate the averaged weights instead of the trained ones")
-    for name in ("--early-conv", "--conv-pos", "--use-ortho"):
-        add(name, action="store_true", help=IGNORED)
-
-
-def _run_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("run")
-    add = group.add_argument
-    add("--output_dir", "--output-dir", default="", metavar="DIR", help="checkpoints, log and curve; a checkpoint.pth "
-        "that is already there is resumed (default: nothing is saved; runs/digits for DIGITS)")
-    add("--resume", default="", metavar="FILE", help="continue from, or with --eval evaluate, this checkpoint")
-    add("--finetune", default="", metavar="FILE", help="start from the weights of this checkpoint")
-    add("--finetune-mode", default="eval", choices=["eval", "train"], help="eval, as published: BatchNorm statistics "
-        "frozen, dropout and drop-path off")
-    add("--eval", action="store_true", help="evaluate only")
-    add("--start_epoch", "--start-epoch", default=0, type=int, metavar="N", help="first epoch, if nothing is resumed")
-    add("--seed", default=0, type=int, metavar="N", help="seed of weights, order and augmentation")
-    add("--tensorboard", action="store_true", help="also write OUTPUT_DIR/tensorboard")
-    add("--dist-eval", action="store_true", help="accepted: under torchrun the test set is always shared out, exactly")
-    add("--world_size", "--world-size", default=1, type=int, metavar="N", help="under SLURM, the number of processes; "
-        "torchrun sets it itself")
-    add("--dist_url", "--dist-url", default="env://", metavar="URL", help="where the processes meet")
-
-
-def _speed_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("device and speed")
-    add = group.add_argument
-    add("--device", default=None, metavar="DEVICE", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    _switch(group, "amp", None, "mixed precision (default: on with a GPU)")
-    add("--amp-dtype", default="auto", metavar="DTYPE", help="bf16, fp16, or auto: bf16 where the GPU has it")
-    _switch(group, "channels-last", True, "channels_last memory format, the fast one for STViT")
-    _switch(group, "compile", False, "torch.compile the model")
-    add("--threads", default=None, type=int, metavar="N", help="CPU threads of each process (default: PyTorch's)")
-    add("--num_workers", "--num-workers", default=min(10, _cpus()), type=int, metavar="N", help="processes that load "
-        "images, for each training process (default: 10, or the number of CPUs if that is less)")
-    _switch(group, "pin-mem", True, "copy batches to the GPU through pinned memory")
-
-
-def _schedule_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("length, optimizer and learning rate")
-    add = group.add_argument
-    add("--batch-size", default=64, type=int, metavar="N", help="images a step, for each process")
-    add("--epochs", default=300, type=int, metavar="N", help="length of the run")
-    add("--max-steps", default=None, type=int, metavar="N", help="stop after N steps in all, resumed ones included")
-    add("--lr", type=float, default=5e-4, metavar="LR", help="learning rate for 512 images a step; the rate used is "
-        "LR x batch size x processes / 512")
-    add("--opt", default="adamw", metavar="NAME", help="any optimizer of timm")
-    add("--opt-eps", default=1e-8, type=float, metavar="EPS", help="its epsilon")
-    add("--opt-betas", default=None, type=float, nargs="+", metavar="B", help="its betas (default: its own)")
-    add("--momentum", type=float, default=0.9, metavar="M", help="momentum, for SGD")
-    add("--weight-decay", type=float, default=0.05, metavar="W", help="weight decay of all but vectors")
-    add("--clip-grad", type=float, default=None, metavar="NORM", help="clip the gradient norm (default: off)")
-    add("--sched", default="cosine", metavar="NAME", help="any learning rate schedule of timm, or none")
-    _switch(group, "sched-on-updates", False, "change the learning rate at each step instead of each epoch")
-    add("--lr-noise", type=float, nargs="+", default=None, metavar="PCT", help="parts of the run between which the "
-        "rate is noisy (default: off)")
-    add("--lr-noise-pct", type=float, default=0.67, metavar="PCT", help="limit of that noise")
-    add("--lr-noise-std", type=float, default=1.0, metavar="STD", help="its standard deviation")
-    add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="rate at the start of the warm-up")
-    add("--min-lr", type=float, default=1e-5, metavar="LR", help="rate at the end")
-    add("--decay-epochs", type=float, default=30, metavar="N", help="between two decays, for the step schedule")
-    add("--warmup-epochs", type=int, default=5, metavar="N", help="length of the warm-up")
-    add("--cooldown-epochs", type=int, default=10, metavar="N", help="accepted; training ends after --epochs, as with "
-        "the published script")
-    add("--patience-epochs", type=int, default=10, metavar="N", help="for the plateau schedule")
-    add("--decay-rate", "--dr", type=float, default=0.1, metavar="RATE", help="factor of a decay")
-
-
-def _augmentation_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("augmentation and loss")
-    add = group.add_argument
-    add("--color-jitter", type=float, default=0.4, metavar="X", help="strength of colour jitter, where --aa is none")
-    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="AutoAugment policy of timm, or none")
-    add("--smoothing", type=float, default=0.1, metavar="X", help="label smoothing")
-    add("--train-interpolation", default="bicubic", metavar="NAME", help="random, bilinear or bicubic")
-    add("--scale", type=float, nargs=2, default=[0.08, 1.0], metavar=("MIN", "MAX"), help="area of the random crop")
-    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], metavar=("MIN", "MAX"), help="its aspect ratio")
-    add("--hflip", type=float, default=0.5, metavar="P", help="probability of a left-right flip")
-    add("--crop-pct", type=float, default=None, metavar="X", help="part of a test image's side that is kept (default: "
-        "224/256 up to 224 pixels, all of it above)")
-    _switch(group, "repeated-aug", True, "show each drawn image three times an epoch, augmented differently")
-    add("--reprob", type=float, default=0.25, metavar="P", help="probability of random erasing")
-    add("--remode", default="pixel", metavar="MODE", help="const, rand or pixel")
-    add("--recount", type=int, default=1, metavar="N", help="erased rectangles an image")
-    add("--resplit", action="store_true", help=IGNORED)
-    add("--mixup", type=float, default=0.8, metavar="ALPHA", help="0 turns it off")
-    add("--cutmix", type=float, default=1.0, metavar="ALPHA", help="0 turns it off")
-    add("--cutmix-minmax", type=float, nargs=2, default=None, metavar=("MIN", "MAX"), help="instead of --cutmix "
-        "(default: off)")
-    add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of either")
-    add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="of cutmix, where both are on")
-    add("--mixup-mode", default="batch", metavar="MODE", help="batch, pair or elem")
-
-
-def _teacher_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("distillation")
-    add = group.add_argument
-    add("--distillation-type", default="none", choices=["none", "soft", "hard"], help="how the teacher is followed")
-    add("--teacher-model", default="regnety_160", metavar="NAME", help="any model of timm")
-    add("--teacher-path", default="", metavar="FILE", help="the teacher's checkpoint")
-    add("--distillation-alpha", default=0.5, type=float, metavar="X", help="weight of the teacher's part of the loss")
-    add("--distillation-tau", default=1.0, type=float, metavar="T", help="temperature of the soft form")
-# fmt: on
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser; its defaults are those of the published script where that had one."""
-    parser = Parser(
-        prog="main.py",
-        usage="main.py [flags]",
-        description="Train and evaluate Super Token Vision Transformers.",
-        epilog=EXAMPLES,
-        formatter_class=Help,
-    )
-    for add_flags in (
-        _data_flags,
-        _model_flags,
-        _run_flags,
-        _speed_flags,
-        _schedule_flags,
-        _augmentation_flags,
-        _teacher_flags,
-    ):
-        add_flags(parser)
-    return parser
+from stvit.train import recipes
+from stvit.train.checks import check
+from stvit.train.errors import Interrupted, Preempted, Stop, UserError, disk_error
+from stvit.train.flags import build_parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse ``argv``; a data set's preset replaces the defaults, and a flag that is given replaces both.
+    """Parse ``argv``. What it gives replaces what ``--config`` gives, that the recipe, that the data set's preset.
 
     ``args.preset`` holds the preset's values that are in force, for the user to see.
 
     Raises:
         UserError: for an unknown flag or a value that can't be right.
     """
+    given = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    first = parser.parse_args(argv)
-    data_set = first.data_set or ("IMNET" if first.data_path else "DIGITS")
-    preset = PRESETS.get(data_set, {})
+    first = parser.parse_args(given)
+    words: list[str] = []
+    if first.recipe:
+        words += recipes.command_line(recipes.recipe(first.recipe), parser, f"--recipe {first.recipe}")
+    if first.config:
+        words += recipes.command_line(recipes.read_config(first.config), parser, f"--config {first.config}")
+    first = parser.parse_args([*words, *given])
+    data_set = first.data_set or ("IMNET" if first.data_path or first.recipe else "DIGITS")
+    preset = recipes.PRESETS.get(data_set, {})
     parser.set_defaults(**preset)
-    args = parser.parse_args(argv)
+    args = parser.parse_args([*words, *given])
     args.data_set = data_set
     args.preset = {name: value for name, value in preset.items() if getattr(args, name) == value}
-    _check(args)
+    check(args)
     return args
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name, least in (
-        ("batch_size", 1),
-        ("input_size", 1),
-        ("epochs", 1),
-        ("num_workers", 0),
-        ("start_epoch", 0),
-        ("max_steps", 1),
-        ("threads", 1),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax) and args.batch_size % 2:
-        raise UserError(
-            f"mixup and cutmix need an even --batch-size, not {args.batch_size}; or turn them off with "
-            "--mixup 0 --cutmix 0"
-        )
-    if args.distillation_type != "none" and not args.teacher_path:
-        raise UserError("--distillation-type needs --teacher-path, the teacher's checkpoint")
-    if args.distillation_type != "none" and args.finetune and not args.eval:
-        raise UserError("--finetune and --distillation-type don't go together")
-    if args.eval_ema and not args.model_ema:
-        raise UserError("--eval-ema needs --model-ema")
 
 
 def _message(stop: Stop) -> str:
@@ -301,16 +52,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     try:
         args = parse_args(argv)
+        if args.list_recipes:
+            print(recipes.listing())
+            return 0
         try:
             from stvit.train.run import run
         except ModuleNotFoundError as error:
             raise UserError(f"the training program needs {error.name}: pip install 'stvit[train]'") from error
         return run(args)
     except Stop as stop:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(stop, Interrupted):
-            print(f"main.py: {'' if rank == '0' else f'process {rank}: '}{_message(stop)}", file=sys.stderr)
+        _tell(stop)
         return stop.exit_code
+    except OSError as error:
+        _tell(disk_error(error))
+        return 1
     except KeyboardInterrupt:
         print("main.py: interrupted before training began", file=sys.stderr)
         return Interrupted.exit_code
+
+
+def _tell(stop: Stop) -> None:
+    """One line on standard error, from one process."""
+    text = _message(stop)
+    if isinstance(stop, (Interrupted, Preempted)):
+        first = os.environ.get("RANK", "0") == "0"
+    elif "torch" in sys.modules:
+        from stvit.train.distributed import first_to_say
+
+        first = first_to_say(text)
+    else:
+        first = os.environ.get("RANK", "0") == "0"
+    if first:
+        print(f"main.py: {text}", file=sys.stderr)

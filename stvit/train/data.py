@@ -3,35 +3,60 @@
 from __future__ import annotations
 
 import argparse
-import signal
-from collections.abc import Callable, Iterator, Sized
+import multiprocessing
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms
 from torchvision.datasets import CIFAR100
 
 from stvit.train.distributed import Process
 from stvit.train.errors import UserError
 from stvit.train.folders import Folder, INaturalist, find_classes, subfolder
+from stvit.train.loader import BadImages, Feeder, Order, ShardSampler, Testing, Training
+from stvit.train.saving import Saved
+from stvit.train.signals import ignore_in_worker
 
 Transform: TypeAlias = Callable[[Any], Any]
 
 
 @dataclass
 class Data:
-    """Loaders and what to say about them. ``train`` and ``train_sampler`` are None when only evaluating."""
+    """Batches and what to say about them. ``train`` and ``order`` are None when only evaluating."""
 
-    train: DataLoader[Any] | None
-    train_sampler: Any
-    test: DataLoader[Any]
+    train: Feeder | None
+    order: Any
+    test: Feeder
+    steps: int  # an epoch
     num_classes: int
+    classes: list[str] | None  # names by index, where the data set has names
+    bad: BadImages
     description: str
+
+    def close(self) -> None:
+        """End the loader processes: they ignore the signal by which Python ends those that are left."""
+        for feeder in (self.train, self.test):
+            if feeder is not None:
+                feeder.close()
+        for child in multiprocessing.active_children():  # of a loader that was cut off while it started
+            if child.daemon:
+                child.kill()
+
+
+class Sets(NamedTuple):
+    """Training set (None when only evaluating), test set, number of classes, their names where known."""
+
+    train: Any
+    test: Any
+    num_classes: int
+    classes: list[str] | None = None
 
 
 class Digits(Dataset[Any]):
@@ -59,21 +84,8 @@ class Digits(Dataset[Any]):
         return self.transform(self.images[index]), self.labels[index]
 
 
-class ShardSampler(Sampler[int]):
-    """Every ``world_size``-th image from ``rank`` on: each image exactly once over all processes, none repeated."""
-
-    def __init__(self, data: Sized, process: Process) -> None:
-        self.indices = range(process.rank, len(data), process.world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
 def build_transform(args: argparse.Namespace, train: bool) -> Transform:
-    """timm's training transform by the augmentation flags, or resize, centre crop and normalise for testing."""
+    """timm's training transform by the augmentation flags, or resize and centre crop; both give (3, H, W) of uint8."""
     native = args.data_set == "CIFAR" and args.input_size <= 32  # CIFAR's own size: pad and crop, don't resize
     if train:
         transform = create_transform(
@@ -85,9 +97,7 @@ def build_transform(args: argparse.Namespace, train: bool) -> Transform:
             color_jitter=args.color_jitter,
             auto_augment=None if args.aa in ("", "none") else args.aa,
             interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
+            use_prefetcher=True,  # bytes: the device normalises them and erases
         )
         if native:
             transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
@@ -97,15 +107,14 @@ def build_transform(args: argparse.Namespace, train: bool) -> Transform:
         keep = args.crop_pct or (1.0 if args.input_size > 224 else 224 / 256)
         size = int(args.input_size / keep)
         steps += [transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(args.input_size)]
-    steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-    return transforms.Compose(steps)
+    return transforms.Compose([*steps, transforms.PILToTensor()])
 
 
-def build_sets(args: argparse.Namespace) -> tuple[Any, Any, int]:
-    """Training set (None when only evaluating), test set, number of classes.
+def build_sets(args: argparse.Namespace, saved: Saved | None) -> Sets:
+    """The data set named by the flags; classes are numbered as in the checkpoint ``saved`` where that names them.
 
     Raises:
-        UserError: for a path that does not hold the data set.
+        UserError: for a path that does not hold the data set, or holds other classes than the checkpoint.
     """
     parts = (True, False) if not args.eval else (False,)
     try:
@@ -115,7 +124,7 @@ def build_sets(args: argparse.Namespace) -> tuple[Any, Any, int]:
     sets: list[Any]
     if args.data_set == "DIGITS":
         sets = [Digits(train, args.input_size, augment[train]) for train in parts]
-        return (None if args.eval else sets[0]), sets[-1], 10
+        return Sets(None if args.eval else sets[0], sets[-1], 10)
     if not args.data_path:
         raise UserError(f"--data-set {args.data_set} needs --data-path")
     root = Path(args.data_path).expanduser()
@@ -124,76 +133,85 @@ def build_sets(args: argparse.Namespace) -> tuple[Any, Any, int]:
     if args.data_set == "CIFAR":
         return _cifar(root, augment, parts)
     if args.data_set in ("FOLDER", "IMNET"):
-        return _folders(root, augment, args)
+        return _folders(root, augment, args, saved)
     year = 2019 if args.data_set == "INAT19" else 2018
     sets = [INaturalist(root, train, year, args.inat_category, augment[train]) for train in parts]
-    return (None if args.eval else sets[0]), sets[-1], sets[-1].num_classes
+    return Sets(None if args.eval else sets[0], sets[-1], sets[-1].num_classes, sets[-1].classes)
 
 
-def _cifar(root: Path, augment: dict[bool, Transform], parts: tuple[bool, ...]) -> tuple[Any, Any, int]:
+def _cifar(root: Path, augment: dict[bool, Transform], parts: tuple[bool, ...]) -> Sets:
     try:
         sets = [CIFAR100(str(root), train=train, transform=augment[train], download=False) for train in parts]
     except RuntimeError as error:
         raise UserError(f"--data-path {root}: no CIFAR-100 here (expected a folder cifar-100-python)") from error
-    return (sets[0] if len(sets) == 2 else None), sets[-1], 100
+    return Sets(sets[0] if len(sets) == 2 else None, sets[-1], 100, list(sets[-1].classes))
 
 
-def _folders(root: Path, augment: dict[bool, Transform], args: argparse.Namespace) -> tuple[Any, Any, int]:
-    test_folder = subfolder(root, "val", "test")
-    if args.eval and not (root / "train").is_dir():
-        classes = find_classes(test_folder)
-        train = None
+def _folders(root: Path, augment: dict[bool, Transform], args: argparse.Namespace, saved: Saved | None) -> Sets:
+    names = saved.contents.get("classes") if saved else None
+    known = "the training classes"
+    train = None
+    if names:
+        classes = {name: index for index, name in enumerate(names)}
+        assert saved is not None
+        known = f"the {len(names)} classes of {saved.path} (--finetune {saved.path} starts from it with other classes)"
     else:
-        train_folder = subfolder(root, "train")
-        classes = find_classes(train_folder)
-        train = None if args.eval else Folder(train_folder, classes, augment[True], every_class=True)
-    test = Folder(test_folder, classes, augment[False])
+        of_test = args.eval and not (root / "train").is_dir()
+        classes = find_classes(subfolder(root, "val", "test") if of_test else subfolder(root, "train"))
+    if not args.eval:
+        train = Folder(subfolder(root, "train"), classes, augment[True], every_class=True, known=known)
+    test = Folder(subfolder(root, "val", "test"), classes, augment[False], known=known)
     num_classes = 1000 if args.data_set == "IMNET" else len(classes)
     if len(classes) > num_classes:
         raise UserError(f"--data-path {root}: {len(classes)} classes, and IMNET has 1000; try --data-set FOLDER")
-    return train, test, num_classes
+    return Sets(train, test, num_classes, list(classes))
 
 
-def _init_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-
-
-def build_data(args: argparse.Namespace, process: Process) -> Data:
+def build_data(args: argparse.Namespace, process: Process, saved: Saved | None = None) -> Data:
     """Build both loaders. Under several processes each gets its share.
 
     Raises:
-        UserError: for a path that does not hold the data set, or fewer training images than one batch.
+        UserError: for a path that does not hold the data set, or fewer training images than one step needs.
     """
-    train_set, test_set, num_classes = build_sets(args)
-    common = {
+    sets = build_sets(args, saved)
+    bad = BadImages(args.max_bad_images, lambda text: print(f"main.py: {text}", file=sys.stderr))
+    common: dict[str, Any] = {
         "num_workers": args.num_workers,
+        "persistent_workers": args.num_workers > 0,
         "pin_memory": args.pin_mem and process.device.type == "cuda",
-        "worker_init_fn": _init_worker,
+        "worker_init_fn": ignore_in_worker,
     }
-    train, sampler = None, None
-    if train_set is not None:
-        sampler = _train_sampler(train_set, args, process)
-        if len(sampler) < args.batch_size:
-            raise UserError(
-                f"{len(sampler)} training images an epoch for each process are less than one batch of "
-                f"{args.batch_size}: lower --batch-size"
-            )
-        # Workers start afresh each epoch: their random state is then a function of seed and epoch, as resuming needs.
-        train = DataLoader(train_set, args.batch_size, sampler=sampler, drop_last=True, **common)
-    shard = ShardSampler(test_set, process)
-    test = DataLoader(test_set, int(1.5 * args.batch_size), sampler=shard, drop_last=False, **common)
-    counts = (
-        f"{len(test_set):,} test images"
-        if train_set is None
-        else f"{len(train_set):,} training and {len(test_set):,} test images"
-    )
+    train, order, steps = None, None, 0
+    if sets.train is not None:
+        order = Order(_sampler(sets.train, args, process), args.seed, process)
+        steps = len(order) // args.batch_size // args.grad_accum_steps
+        if not steps:
+            raise UserError(_too_few(len(order), args))
+        training = Training(sets.train, args.seed, args.max_bad_images)
+        loader = DataLoader(training, args.batch_size, sampler=order, drop_last=True, **common)
+        train = Feeder(loader, process.device, args.channels_last, bad)
+    testing = Testing(sets.test, args.input_size, args.max_bad_images)
+    shard = ShardSampler(sets.test, process)
+    tests = DataLoader(testing, int(1.5 * args.batch_size), sampler=shard, drop_last=False, **common)
+    test = Feeder(tests, process.device, args.channels_last, bad)
+    counts = f"{len(sets.test):,} test images"
+    if sets.train is not None:
+        counts = f"{len(sets.train):,} training and {counts}"
     where = f" {args.data_path}" if args.data_path and args.data_set != "DIGITS" else ""
     size = args.input_size
-    description = f"{args.data_set}{where}: {counts}, {num_classes} classes, {size} x {size} pixels"
-    return Data(train, sampler, test, num_classes, description)
+    description = f"{args.data_set}{where}: {counts}, {sets.num_classes} classes, {size} x {size} pixels"
+    return Data(train, order, test, steps, sets.num_classes, sets.classes, bad, description)
 
 
-def _train_sampler(train_set: Any, args: argparse.Namespace, process: Process) -> Any:
+def _sampler(train_set: Any, args: argparse.Namespace, process: Process) -> Any:
     if args.repeated_aug:
         return RepeatAugSampler(train_set, process.world_size, process.rank)
-    return DistributedSampler(train_set, process.world_size, process.rank, shuffle=True, seed=args.seed)
+    return DistributedSampler(train_set, process.world_size, process.rank, shuffle=True)
+
+
+def _too_few(images: int, args: argparse.Namespace) -> str:
+    lower = "--batch-size" if args.grad_accum_steps == 1 else "--batch-size or --grad-accum-steps"
+    step = f"one batch of {args.batch_size}"
+    if args.grad_accum_steps > 1:
+        step = f"one step of {args.grad_accum_steps} batches of {args.batch_size}"
+    return f"{images} training images an epoch for each process are less than {step}: lower {lower}"

@@ -33,6 +33,15 @@ class Process:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The values of every process, in order of rank."""
+        if self.world_size == 1:
+            return [values]
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        every = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(every, mine)
+        return [row.tolist() for row in every]
+
 
 def start(args: argparse.Namespace) -> Process:
     """Join the process group if there is one, and pick the device.
@@ -54,6 +63,24 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other process has said this yet: an error that all of them meet is one line."""
+    rank = os.environ.get("RANK", "0")
+    if not (dist.is_available() and dist.is_initialized()):
+        return rank == "0"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"stvit/{restart}/{text}", 1) == 1
+    except RuntimeError:  # the process that kept the store is gone
+        return True
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 
 def _place(args: argparse.Namespace) -> tuple[int, int, int]:

@@ -1,47 +1,25 @@
-"""Training one epoch, and evaluating."""
+"""The training step, and an epoch of them."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import random
-import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from stvit.train.console import Task
+from stvit.train import seeds
 from stvit.train.distributed import Process
-from stvit.train.errors import LossNotFinite
-from stvit.train.log import Log
+from stvit.train.errors import UserError
+from stvit.train.loader import Batch, Feeder
+from stvit.train.meter import Meter
 from stvit.train.state import State
-
-FLUSH_STEPS = 10  # reading a loss waits for the GPU, so losses are read together
-
-
-class Trained(NamedTuple):
-    """One epoch of training, over all processes."""
-
-    loss: float
-    lr: float  # mean over the steps
-    steps: int
-    images_per_s: float
-
-
-class Accuracy(NamedTuple):
-    """Evaluation of a whole test set, over all processes; accuracies in percent."""
-
-    loss: float
-    acc1: float
-    acc5: float
-    images: int
 
 
 class Precision(NamedTuple):
@@ -54,16 +32,11 @@ class Precision(NamedTuple):
         return torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None)
 
 
-def seed_epoch(seed: int, epoch: int, rank: int) -> None:
-    """Set every random state as a function of seed, epoch and rank: a resumed epoch repeats the numbers exactly."""
-    value = int(np.random.SeedSequence([seed % 2**32, epoch, rank]).generate_state(1)[0])
-    random.seed(value)
-    np.random.seed(value)
-    torch.manual_seed(value)
-
-
 class Trainer:
-    """Runs the epochs of one training run."""
+    """Does the steps of one training run.
+
+    A step takes ``--grad-accum-steps`` batches, and the mean of their gradients.
+    """
 
     def __init__(
         self,
@@ -74,126 +47,94 @@ class Trainer:
         state: State,
         loss: nn.Module,
         mixup: Mixup | None,
-        log: Log,
     ) -> None:
         """``network`` is ``state.model``, wrapped for DDP and torch.compile as the run needs it."""
         self.args, self.process, self.precision, self.network = args, process, precision, network
-        self.state, self.loss, self.mixup, self.log = state, loss, mixup, log
+        self.state, self.loss, self.mixup = state, loss, mixup
+        self.accumulated: int = args.grad_accum_steps
+        self.erase = None
+        if args.reprob > 0:
+            self.erase = RandomErasing(
+                args.reprob, mode=args.remode, max_count=args.recount, device=str(process.device)
+            )
 
-    def epoch(self, loader: Iterable[Any], epoch: int, last_step: int, task: Task) -> Trained:
-        """Train until the loader is exhausted or ``last_step`` steps were done in all.
+    def epoch(self, feeder: Feeder, last_step: int, meter: Meter, after_step: Callable[[], None]) -> None:
+        """Train until ``feeder`` is exhausted or ``last_step`` steps were done in all.
 
         Raises:
             LossNotFinite: naming the step.
+            UserError: for batches that are too small for BatchNorm.
         """
-        seed_epoch(self.args.seed, epoch, self.process.rank)
+        state = self.state
         self.network.train(not self.args.finetune or self.args.finetune_mode == "train")
-        pending = _Pending(self, epoch, task)
-        for images, targets in loader:
-            lr = self.state.optimizer.param_groups[0]["lr"]
-            loss = self._step(*_to(self.process.device, self.args.channels_last, images, targets))
-            pending.add(loss, lr, len(images))
-            if self.state.step >= last_step:
+        groups = _groups(iter(feeder), self.accumulated)
+        while state.step < last_step:
+            waited = feeder.waited
+            batches = next(groups, None)
+            if batches is None:
                 break
-        return pending.finish()
+            lr = state.lr
+            loss = self.step(batches)
+            meter.add(loss, lr, sum(len(batch.images) for batch in batches), feeder.waited - waited)
+            after_step()
 
-    def _step(self, images: Tensor, targets: Tensor) -> Tensor:
-        optimizer, scheduler = self.state.optimizer, self.state.scheduler
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-        with self.precision.autocast():
-            loss = self.loss(images, self.network(images), targets)
-        optimizer.zero_grad()
+    def step(self, batches: list[Batch]) -> Tensor:
+        """Forward, backward and update; returns the mean loss, still on the device."""
+        state = self.state
+        seeds.set_all(self.args.seed, seeds.STEP, state.step, self.process.rank)
+        state.optimizer.zero_grad()
+        total = torch.zeros((), device=self.process.device)
+        for i, batch in enumerate(batches):
+            with self._gradients_shared(last := i == len(batches) - 1):
+                total += self._forward_backward(*self._augmented(batch), update=last)
+        if state.ema is not None:
+            state.ema.update(state.model)
+        state.step += 1
+        state.batch += len(batches)
+        if state.scheduler is not None:
+            state.scheduler.step_update(state.step)
+        return total
+
+    def _gradients_shared(self, last: bool) -> AbstractContextManager[Any]:
+        """Processes exchange gradients once a step, with those of its last batch."""
+        no_sync = getattr(self.network, "no_sync", None)
+        return nullcontext() if last or no_sync is None else no_sync()
+
+    def _augmented(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, targets = batch
+        if self.erase is not None:
+            images = self.erase(images)
+        return (images, targets) if self.mixup is None else self.mixup(images, targets)
+
+    def _forward_backward(self, images: Tensor, targets: Tensor, update: bool) -> Tensor:
+        """The loss, as its share of the step's; adds its gradients, and with ``update`` the optimizer does its step."""
+        optimizer, clip = self.state.optimizer, self.args.clip_grad
+        try:
+            with self.precision.autocast():
+                loss = self.loss(images, self.network(images), targets) / self.accumulated
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"--batch-size {len(images)} at --input-size {images.shape[-1]} leaves BatchNorm one value a channel "
+                "in the last stage: raise either"
+            ) from error
         second_order = getattr(optimizer, "is_second_order", False)
         parameters = self.state.model.parameters()
         if self.state.scaler is not None:
-            self.state.scaler(loss, optimizer, self.args.clip_grad, parameters=parameters, create_graph=second_order)
-        else:
-            loss.backward(create_graph=second_order)
-            if self.args.clip_grad is not None:
-                dispatch_clip_grad(parameters, self.args.clip_grad)
+            self.state.scaler(
+                loss, optimizer, clip, parameters=parameters, create_graph=second_order, need_update=update
+            )
+            return loss.detach()
+        loss.backward(create_graph=second_order)
+        if update:
+            if clip is not None:
+                dispatch_clip_grad(parameters, clip)
             optimizer.step()
-        if self.state.ema is not None:
-            self.state.ema.update(self.state.model)
-        self.state.step += 1
-        if scheduler is not None:
-            scheduler.step_update(self.state.step)
         return loss.detach()
 
 
-class _Pending:
-    """Losses that were computed but not read yet, and the sums of the epoch so far."""
-
-    def __init__(self, trainer: Trainer, epoch: int, task: Task) -> None:
-        self.trainer, self.epoch, self.task = trainer, epoch, task
-        self.waiting: list[tuple[int, float, Tensor]] = []
-        self.loss_sum = self.lr_sum = 0.0
-        self.steps = self.images = 0
-        self.began = time.perf_counter()
-        self.flush_steps = FLUSH_STEPS if trainer.process.device.type == "cuda" else 1
-
-    def add(self, loss: Tensor, lr: float, images: int) -> None:
-        self.waiting.append((self.trainer.state.step, lr, loss))
-        self.images += images
-        if len(self.waiting) >= self.flush_steps:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self.waiting:
-            return
-        losses = torch.stack([loss for _, _, loss in self.waiting]).tolist()
-        for (step, lr, _), loss in zip(self.waiting, losses, strict=True):
-            if not math.isfinite(loss):
-                raise LossNotFinite(
-                    f"the loss is {loss} at step {step} (epoch {self.epoch + 1}): training stops here, "
-                    "and saved checkpoints are from before; try a lower --lr, --clip-grad 1, or "
-                    "--amp-dtype bf16"
-                )
-            self.loss_sum += loss
-            self.lr_sum += lr
-        self.steps += len(self.waiting)
-        if self.trainer.process.main:
-            rows = [
-                {"step": step, "epoch": self.epoch, "loss": round(loss, 6), "lr": lr}
-                for (step, lr, _), loss in zip(self.waiting, losses, strict=True)
-            ]
-            self.trainer.log.add_steps(rows)
-        self.waiting.clear()
-        speed = self.images * self.trainer.process.world_size / (time.perf_counter() - self.began)
-        what = f"epoch {self.epoch + 1}/{self.trainer.args.epochs}"
-        self.task.show(self.trainer.state.step, what, f"loss {losses[-1]:.3f}, {speed:,.0f} images/s")
-
-    def finish(self) -> Trained:
-        self.flush()
-        seconds = time.perf_counter() - self.began
-        loss, lr, steps, images = self.trainer.process.sum([self.loss_sum, self.lr_sum, self.steps, self.images])
-        return Trained(loss / max(1, steps), lr / max(1, steps), self.steps, images / seconds)
-
-
-def _to(device: torch.device, channels_last: bool, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    images = images.to(device, non_blocking=True).contiguous(memory_format=memory_format)
-    return images, targets.to(device, non_blocking=True)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: Any, process: Process, precision: Precision, channels_last: bool, task: Task
-) -> Accuracy:
-    """Cross entropy and top-1, top-5 accuracy; each process takes its share of the images and counts are summed."""
-    model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # loss, right at 1, right within 5
-    images_seen = 0
-    for done, batch in enumerate(loader, 1):
-        images, targets = _to(process.device, channels_last, *batch)
-        with precision.autocast():
-            outputs = model(images)
-        outputs = (outputs if isinstance(outputs, Tensor) else outputs[0]).float()
-        hits = outputs.topk(min(5, outputs.shape[1])).indices == targets[:, None]
-        loss = F.cross_entropy(outputs, targets, reduction="sum")
-        sums += torch.stack([loss.double(), hits[:, 0].sum().double(), hits.sum().double()])
-        images_seen += len(images)
-        task.show(done, "evaluating")
-    loss_sum, right1, right5, total = process.sum([*sums.tolist(), images_seen])
-    total = max(1, total)
-    return Accuracy(loss_sum / total, 100 * right1 / total, 100 * right5 / total, int(total))
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of ``size`` batches; what is left at the end is dropped."""
+    while len(group := list(islice(batches, size))) == size:
+        yield group

@@ -7,24 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, has_file_allowed_extension
 
 from stvit.train.errors import UserError
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """An RGB image.
-
-    Raises:
-        UserError: naming the file, where it can't be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise UserError(f"{path}: not a readable image ({error})") from None
+from stvit.train.images import read_image
 
 
 def subfolder(root: Path, *names: str) -> Path:
@@ -53,6 +40,15 @@ def find_classes(folder: Path) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
+def is_image(path: Path, root: Path) -> bool:
+    """Whether a file counts: by its ending, and with no name from ``root`` on that begins with a dot.
+
+    Such names are other programs' own: ``.ipynb_checkpoints/``, ``._0.png``.
+    """
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return not hidden and has_file_allowed_extension(str(path), IMG_EXTENSIONS)
+
+
 class Folder(ImageFolder):
     """An ImageFolder with given classes, so that a test folder without some class keeps the training indices.
 
@@ -60,13 +56,30 @@ class Folder(ImageFolder):
         UserError: for a class folder that is empty, unknown to ``classes``, or (``every_class``) missing.
     """
 
-    def __init__(self, root: Path, classes: dict[str, int], transform: Any, every_class: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        classes: dict[str, int],
+        transform: Any,
+        every_class: bool = False,
+        known: str = "the training classes",
+    ) -> None:
+        """``known`` says whose ``classes`` are, for errors."""
         present = find_classes(root)
         unknown = [name for name in present if name not in classes]
         if unknown:
-            raise UserError(f"{root}: class {unknown[0]} is not among the training classes")
+            raise UserError(f"{root}: class {unknown[0]} is not among {known}")
+        missing = [name for name in classes if every_class and name not in present]
+        if missing:
+            raise UserError(f"{root}: no folder for class {missing[0]} of {known}")
         self._classes = classes
-        super().__init__(str(root), transform=transform, loader=read_image, allow_empty=True)
+        super().__init__(
+            str(root),
+            transform=transform,
+            loader=read_image,
+            is_valid_file=lambda path: is_image(Path(path), root),
+            allow_empty=True,
+        )
         filled = set(self.targets)
         empty = [name for name in (classes if every_class else present) if classes[name] not in filled]
         if empty:
@@ -103,6 +116,7 @@ class INaturalist(Dataset[Any]):
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{root}: its JSON files are not those of iNaturalist {year} ({error!r})") from error
         self.num_classes = len(numbers)
+        self.classes = [str(name) for name in numbers]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from stvit.checkpoint import whole_file
 
 Row = dict[str, Any]
 
@@ -20,14 +23,19 @@ class JsonLines:
         self.rows: list[Row] = []
         if path is not None:
             self.rows = [row for row in _read(path) if keep(row)]
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            with whole_file(path) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def append(self, *rows: Row) -> None:
         """Add rows; each is on the disk when this returns."""
         self.rows += rows
-        if self.path is not None:
+        if self.path is None:
+            return
+        try:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def _read(path: Path) -> list[Row]:
@@ -43,18 +51,14 @@ def _read(path: Path) -> list[Row]:
 class Log:
     """``log.txt`` (a line an epoch), ``steps.jsonl`` (a line a step), ``curve.png`` and, if wanted, tensorboard."""
 
-    def __init__(self, folder: Path | None, start_epoch: int, tensorboard: bool = False) -> None:
-        """Continue the log of epochs before ``start_epoch``; what a cut-off epoch left is dropped."""
-
-        def keep(row: Row) -> bool:
-            return int(row["epoch"]) < start_epoch
-
+    def __init__(self, folder: Path | None, epoch: int, step: int, args: argparse.Namespace) -> None:
+        """Continue a log after ``epoch`` epochs and ``step`` steps; what a killed run wrote after them is dropped."""
         self.folder = folder
-        self.epochs = JsonLines(folder / "log.txt" if folder else None, keep)
-        self.steps = JsonLines(folder / "steps.jsonl" if folder else None, keep)
+        self.epochs = JsonLines(folder / "log.txt" if folder else None, lambda row: int(row["epoch"]) < epoch)
+        self.steps = JsonLines(folder / "steps.jsonl" if folder else None, lambda row: int(row.get("step", 0)) <= step)
         self._drawn = time.monotonic()
         self._board: Any = None
-        if folder and tensorboard:
+        if folder and args.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(self.steps.rows))
@@ -76,6 +80,12 @@ class Log:
             self._board.flush()
         if time.monotonic() - self._drawn > 30:
             self.draw()
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        if self._board:
+            self._board.close()
+            self._board = None
 
     def draw(self) -> None:
         """Write ``curve.png``."""
@@ -113,9 +123,8 @@ def draw_curve(epochs: list[Row], steps: list[Row], path: Path) -> None:
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.legend()
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _epoch_positions(steps: list[Row]) -> list[float]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -73,6 +74,8 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "ddp": lambda weights: {"model": with_prefix("module.", weights)},
     "bare ddp": lambda weights: with_prefix("module.", weights),
     "compiled": lambda weights: {"model": with_prefix("module._orig_mod.", weights)},
+    "compiled inside": lambda weights: {"model": with_prefix("_orig_mod.module.", weights)},
+    "wrapped twice": lambda weights: with_prefix("module._orig_mod.module.module.", weights),
 }
 
 
@@ -250,6 +253,25 @@ def test_files_that_do_not_fit_name_the_first_differing_keys(
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and all(reason in message for reason in reasons), message
     assert_loaded(model, before)
+
+
+def test_numpy_numbers_beside_weights_are_read(tmp_path: Path) -> None:
+    """Accuracies and losses of other programs; a pickle that would run code is refused still."""
+    beside = {"best": np.float64(83.5), "epoch": np.int64(3), "done": np.bool_(True), "losses": np.arange(3.0)}
+    torch.save({"model": published_weights(), **beside}, tmp_path / "file.pth")
+    stvit.load_checkpoint(build(), tmp_path / "file.pth")
+    contents = read_checkpoint(tmp_path / "file.pth")
+    assert contents["best"] == 83.5 and contents["losses"].tolist() == [0, 1, 2]
+
+    class Runs:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    for value in (Runs(), np.array([Runs()], dtype=object)):
+        torch.save({"model": published_weights(), "value": value}, tmp_path / "file.pth")
+        with pytest.raises(stvit.CheckpointError):
+            read_checkpoint(tmp_path / "file.pth")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """The training program: what it writes, resuming, evaluating, fine-tuning, several processes, and errors."""
 
-import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,31 +17,25 @@ from PIL import Image
 
 import stvit
 from stvit.train.cli import main
+from stvit.train.log import JsonLines
+from tests.support.train_cases import (
+    COLOURS,
+    SMALL,
+    assert_equal,
+    contents,
+    flags,
+    one_line_error,
+    rows,
+    write_images,
+    write_photos,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-COLOURS = {"blue": (40, 40, 220), "green": (40, 220, 40), "red": (220, 40, 40)}
-# A run of three steps an epoch, with everything random on: mixup, cutmix, AutoAugment, erasing, drop path, averaging.
-SMALL = "--model stvit_tiny --input-size 32 --batch-size 16 --num_workers 0 --threads 1 --device cpu --lr 0.02".split()
-
-
-def write_images(folder, counts, seed=0):
-    """``folder``/CLASS/*.png of noisy colours: {class: number of images}."""
-    random = np.random.default_rng(seed)
-    for name, count in counts.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            noise = random.integers(-30, 30, (40, 36, 3))
-            pixels = np.clip(np.array(COLOURS.get(name, (128, 128, 128))) + noise, 0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """48 training and 13 test images: an odd number, for two processes."""
-    root = tmp_path_factory.mktemp("photos")
-    write_images(root / "train", dict.fromkeys(COLOURS, 16))
-    write_images(root / "val", {"blue": 4, "green": 4, "red": 5}, seed=1)
-    return root
+    return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
@@ -49,44 +44,6 @@ def trained(photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "trained"
     assert main([*flags(photos), "--epochs", "2", "--output_dir", str(folder)]) == 0
     return folder
-
-
-def flags(photos, *more):
-    return [*SMALL, "--data-set", "FOLDER", "--data-path", str(photos), *more]
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def contents(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_equal(one, other):
-    """Nested containers with bitwise equal tensors."""
-    assert type(one) is type(other)
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other)
-        for first, second in zip(one, other, strict=True):
-            assert_equal(first, second)
-    else:
-        assert one == other
-
-
-def one_line_error(capsys, arguments, *expected, code=2):
-    """Run in this process; the exit code is `code` and stderr one line with all of `expected`."""
-    assert main(arguments) == code
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1 and error.startswith("main.py: "), error
-    for text in expected:
-        assert text in error
 
 
 # --- what a run does and leaves behind
@@ -111,14 +68,20 @@ def test_digits_are_learnt(tmp_path, capsys):
 
 def test_files(trained):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"log.txt", "steps.jsonl", "curve.png", "checkpoint.pth", "best.pth"}  # nothing partial left over
+    logs, weights = (
+        {"config.yaml", "log.txt", "steps.jsonl", "curve.png"},
+        {"checkpoint", "previous", "best", "best_ema"},
+    )
+    assert names == logs | {f"{name}.pth" for name in weights}  # nothing partial left over
     with Image.open(trained / "curve.png") as curve:
         assert curve.width > 500
         assert len(curve.convert("L").getcolors()) > 20  # not blank
     last = contents(trained / "checkpoint.pth")
     assert last["epoch"] == 1 and last["step"] == 6 and last["args"]["model"] == "stvit_tiny"
     assert last["max_accuracy"] == max(row["test_acc1"] for row in rows(trained / "log.txt"))
-    assert last.keys() == {"model", "model_ema", "optimizer", "lr_scheduler", "epoch", "step", "max_accuracy", "args"}
+    published = {"model", "model_ema", "optimizer", "lr_scheduler", "epoch", "max_accuracy", "args"}
+    own = {"step", "batch", "batch_images", "sums", "classes", "max_accuracy_ema"}
+    assert last.keys() == published | own and last["classes"] == sorted(COLOURS)
     stvit.load_checkpoint(stvit.stvit_tiny(num_classes=3), trained / "best.pth")
 
 
@@ -182,11 +145,16 @@ def test_a_finished_run_says_so(photos, trained, capsys):
 
 
 def test_evaluation_gives_the_logged_accuracy(photos, trained, capsys):
-    assert main([*flags(photos), "--eval", "--resume", str(trained / "checkpoint.pth")]) == 0
-    printed = capsys.readouterr().out.splitlines()[-1]
     last = rows(trained / "log.txt")[-1]
-    assert f"accuracy {last['test_acc1']:.2f} %" in printed and f"loss {last['test_loss']:.4f}" in printed
-    assert "on 13 test images" in printed
+    for more, name in (([], ""), (["--eval-ema"], "_ema")):
+        assert main([*flags(photos), "--eval", *more, "--resume", str(trained / "checkpoint.pth")]) == 0
+        printed = capsys.readouterr().out.splitlines()[-1]
+        assert f"accuracy {last['test_acc1' + name]:.2f} %" in printed
+        assert f"loss {last['test_loss' + name]:.4f}" in printed
+        assert "on 13 test images" in printed and "images/s" in printed
+    assert main([*flags(photos), "--eval", "--resume", str(trained / "best_ema.pth")]) == 0
+    best = max(row["test_acc1_ema"] for row in rows(trained / "log.txt"))
+    assert f"accuracy {best:.2f} %" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_evaluation_needs_no_training_images(photos, trained, tmp_path, capsys):
@@ -240,7 +208,7 @@ def test_progress_on_a_terminal(photos, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes standard output for a terminal
     assert main([*flags(photos), "--max-steps", "2", "--epochs", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "━" in printed and re.search(r"loss \d+\.\d+, [\d,]+ images/s", printed)
+    assert "━" in printed and re.search(r"loss \d+\.\d+, lr \S+, [\d,]+ images/s", printed)
 
 
 def test_no_output_dir_saves_nothing(photos, tmp_path, monkeypatch):
@@ -267,10 +235,12 @@ def test_two_processes(photos, tmp_path, capsys):
     assert child.returncode == 0, child.stderr
     assert child.stdout.count("2 processes") == 1  # one of them prints
     assert len(rows(output / "steps.jsonl")) == 3
-    assert main([*flags(photos), "--eval", "--resume", str(output / "checkpoint.pth")]) == 0
-    printed = capsys.readouterr().out.splitlines()[-1]
     (logged,) = rows(output / "log.txt")
-    assert f"accuracy {logged['test_acc1']:.2f} %" in printed and f"loss {logged['test_loss']:.4f}" in printed
+    for more, name in (([], ""), (["--eval-ema"], "_ema")):
+        assert main([*flags(photos), "--eval", *more, "--resume", str(output / "checkpoint.pth")]) == 0
+        printed = capsys.readouterr().out.splitlines()[-1]
+        assert f"accuracy {logged['test_acc1' + name]:.2f} %" in printed
+        assert f"loss {logged['test_loss' + name]:.4f}" in printed
     assert logged["test_acc1"] * 13 / 100 == pytest.approx(round(logged["test_acc1"] * 13 / 100), abs=1e-9)
 
 
@@ -298,6 +268,25 @@ def test_two_processes(photos, tmp_path, capsys):
         ("--bogus", "--bogus"),
         ("--eval", "--resume"),
         ("--distillation-type soft", "--teacher-path"),
+        ("--clip-grad -1", "--clip-grad must be above 0"),
+        ("--mixup-mode foo", "elem"),
+        ("--model-ema-decay 7", "at most 1"),
+        ("--smoothing 5", "below 1"),
+        ("--reprob -3", "at least 0"),
+        ("--weight-decay -1", "--weight-decay"),
+        ("--weight-decay nan", "nan"),
+        ("--lr inf", "finite"),
+        ("--remode foo", "pixel"),
+        ("--opt-betas 0.9 1.5", "--opt-betas"),
+        ("--scale 0.9 0.5", "MIN <= MAX"),
+        ("--cutmix-minmax 0.2 3", "--cutmix-minmax"),
+        ("--drop-path 1", "below 1"),
+        ("--drop-path-schedule 5:0.1", "from epoch 0"),
+        ("--drop-path-schedule 0:0.4,x", "EPOCH:P"),
+        ("--save-every -1", "--save-every"),
+        ("--batch-size 1 --mixup 0 --cutmix 0", "BatchNorm"),
+        ("--recipe huge-224", "small-224"),
+        ("--config /nowhere.yaml", "/nowhere.yaml"),
     ],
 )
 def test_user_errors(arguments, expected, capsys):
@@ -315,12 +304,149 @@ def test_bad_folders(tmp_path, photos, capsys):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_damaged_image_is_named(tmp_path, photos, capsys, workers):
+def test_a_damaged_image_is_named(tmp_path, capsys, workers):
+    """Or skipped, if so many may be: another takes its place in training, and the test set is smaller by it."""
     write_images(tmp_path / "train", {"blue": 16})
-    (tmp_path / "val").symlink_to(tmp_path / "train")
-    victim = tmp_path / "train" / "blue" / "7.png"
-    victim.write_bytes(victim.read_bytes()[:200])
-    one_line_error(capsys, [*flags(tmp_path), "--num_workers", workers], "blue/7.png", "not a readable image")
+    write_images(tmp_path / "val", {"blue": 5})
+    for victim in ("train/blue/7.png", "val/blue/2.png"):
+        (tmp_path / victim).write_bytes((tmp_path / victim).read_bytes()[:200])
+    arguments = [*flags(tmp_path), "--num_workers", workers, "--epochs", "1", "--no-repeated-aug"]
+    one_line_error(capsys, arguments, "blue/7.png", "not a readable image")
+    assert main([*arguments, "--max-bad-images", "1"]) == 2
+    skipped, error = capsys.readouterr().err.strip().splitlines()
+    assert "skipped" in skipped and "train/blue/7.png" in skipped
+    assert "val/blue/2.png" in error and "more than --max-bad-images 1" in error
+
+
+def test_damaged_images_are_skipped(tmp_path, capsys):
+    write_images(tmp_path / "train", {"blue": 8, "red": 8})
+    write_images(tmp_path / "val", {"blue": 5})
+    for victim in ("train/blue/7.png", "val/blue/2.png"):
+        (tmp_path / victim).write_bytes(b"")
+    output = tmp_path / "run"
+    arguments = [*flags(tmp_path), "--epochs", "1", "--no-repeated-aug", "--max-bad-images", "2"]
+    assert main([*arguments, "--output_dir", str(output)]) == 0
+    printed = capsys.readouterr()
+    assert "2 unreadable images skipped" in printed.out
+    assert [line for line in printed.err.splitlines() if "skipped" in line and "7.png" in line]
+    assert rows(output / "log.txt")[0]["bad_images"] == 2
+    assert main([*arguments, "--eval", "--output_dir", str(output)]) == 0
+    assert "on 4 test images" in capsys.readouterr().out
+
+
+def test_classes_are_those_of_the_checkpoint(photos, trained, tmp_path, capsys):
+    """A test folder without the first class is numbered as the model was trained; another class is named."""
+    for name in ("green", "red"):
+        write_images(tmp_path / "val", {name: 4}, seed=1)
+    resume = [*flags(tmp_path), "--eval", "--resume", str(trained / "best.pth")]
+    assert main(resume) == 0
+    part = capsys.readouterr().out
+    write_images(tmp_path / "val", {"blue": 4}, seed=1)
+    assert main(resume) == 0
+    assert "on 8 test images" in part and "on 12 test images" in capsys.readouterr().out
+    (tmp_path / "val" / "red").rename(tmp_path / "val" / "crimson")
+    one_line_error(capsys, resume, "crimson", "3 classes of", "best.pth", "--finetune")
+    (tmp_path / "train").symlink_to(tmp_path / "val")
+    resume = [*flags(tmp_path), "--resume", str(trained / "best.pth"), "--epochs", "9"]
+    one_line_error(capsys, resume, "crimson", "--finetune")
+    (tmp_path / "val" / "crimson").rename(tmp_path / "elsewhere")
+    one_line_error(capsys, resume, "no folder for class red")
+
+
+def test_renamed_classes_change_no_label(photos, trained, tmp_path, capsys):
+    """Only red images, under the name that sorts first: their label is still red's."""
+    write_images(tmp_path / "val", {"red": 6}, seed=1)
+    red = [*flags(tmp_path), "--eval", "--resume", str(trained / "best.pth")]
+    assert main(red) == 0
+    loss = re.search(r"loss ([\d.]+)", capsys.readouterr().out.splitlines()[-1])[1]
+    (tmp_path / "val" / "blue").mkdir()
+    (tmp_path / "val" / "blue" / "0.png").symlink_to(tmp_path / "val" / "red" / "0.png")
+    assert main(red) == 0
+    assert loss != re.search(r"loss ([\d.]+)", capsys.readouterr().out.splitlines()[-1])[1]
+
+
+def test_the_best_of_another_folder_is_not_this_ones(photos, trained, tmp_path, capsys):
+    """Resuming elsewhere: the table's best accuracy is that of the best.pth beside it."""
+    best = contents(trained / "best.pth")
+    torch.save(best | {"max_accuracy": 99.5}, tmp_path / "other.pth")
+    output = tmp_path / "run"
+    arguments = flags(photos, "--resume", str(tmp_path / "other.pth"), "--epochs", "3", "--output_dir", str(output))
+    assert main(arguments) == 0
+    assert "99.5" not in capsys.readouterr().out
+    assert contents(output / "best.pth")["max_accuracy"] == max(row["test_acc1"] for row in rows(output / "log.txt"))
+
+
+def test_the_seed_orders_repeated_images(photos, tmp_path):
+    losses = []
+    for seed in ("0", "1", "0"):
+        output = tmp_path / str(len(losses))
+        plain = "--mixup 0 --cutmix 0 --aa none --reprob 0 --scale 1 1 --hflip 0 --color-jitter 0 --drop-path 0".split()
+        arguments = flags(photos, *plain, "--seed", seed, "--max-steps", "2", "--lr", "0", "--output_dir", str(output))
+        assert main([*arguments, "--finetune", str(tmp_path / "0" / "best.pth")] if losses else arguments) == 0
+        losses.append([row["loss"] for row in rows(output / "steps.jsonl")])
+    assert losses[0] != losses[1]
+
+
+def test_a_killed_loader_process_is_one_line(photos, capsys, monkeypatch):
+    from stvit.train import images
+
+    def die(image, path):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(images, "_as_rgb", die)
+    one_line_error(capsys, flags(photos, "--num_workers", "1"), "memory", "--num_workers", code=1)
+
+
+@contextmanager
+def disk_of(size):
+    """No file can grow beyond ``size`` bytes: the system refuses, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line(photos, tmp_path, capsys):
+    """Older files stay as they are, and nothing half written is left."""
+    output = tmp_path / "run"
+    arguments = flags(photos, "--epochs", "2", "--output_dir", str(output))
+    assert main([*arguments, "--max-steps", "3"]) == 0
+    capsys.readouterr()
+    kept = {path.name: path.read_bytes() for path in output.iterdir()}
+    for size, name in ((100, "config.yaml"), (100_000, ".pth")):
+        with disk_of(size):
+            one_line_error(capsys, arguments, str(output), name, "file too large; files that were there", code=1)
+        assert {path.name for path in output.iterdir()} == kept.keys()
+        assert (output / "log.txt").read_bytes().startswith(kept["log.txt"])
+        for name in ("checkpoint.pth", "curve.png"):
+            assert kept[name] == (output / name).read_bytes()
+    assert main(arguments) == 0
+
+
+def test_a_log_on_a_full_disk_names_the_file(tmp_path):
+    lines = JsonLines(tmp_path / "log.txt", lambda row: True)
+    lines.append({"epoch": 0})
+    with disk_of(20), pytest.raises(OSError, match=r"too large.*log\.txt"):
+        lines.append({"epoch": 1})
+    assert JsonLines(tmp_path / "log.txt", lambda row: True).rows == [{"epoch": 0}]
+
+
+def test_recipes_and_config(photos, tmp_path, capsys):
+    assert main(["--list-recipes"]) == 0
+    assert "large-224-schedule" in capsys.readouterr().out
+    first, second = tmp_path / "first", tmp_path / "second"
+    size = ["--opt-betas", "0.9", "0.98", "--layer-decay", "0.8", "--max-steps", "2"]
+    assert main([*flags(photos, *size), "--recipe", "large-224-schedule", *SMALL, "--output_dir", str(first)]) == 0
+    config = (first / "config.yaml").read_text()
+    assert "drop_path_schedule: 0:0.4,260:0.6" in config and "output_dir" not in config
+    assert main(["--config", str(first / "config.yaml"), "--output_dir", str(second)]) == 0
+    assert rows(first / "steps.jsonl") == rows(second / "steps.jsonl")
+    (tmp_path / "bad.yaml").write_text("learning_rate: 3\n")
+    one_line_error(capsys, ["--config", str(tmp_path / "bad.yaml")], "bad.yaml", "learning_rate")
+    (tmp_path / "bad.yaml").write_text("lr: [much\n")
+    one_line_error(capsys, ["--config", str(tmp_path / "bad.yaml")], "bad.yaml", "YAML")
 
 
 def test_bad_checkpoints(tmp_path, photos, trained, capsys):
@@ -335,9 +461,11 @@ def test_bad_checkpoints(tmp_path, photos, trained, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, photos, capsys):
     explosive = ["--epochs", "3", "--warmup-epochs", "1", "--lr", "1e30", "--output_dir", str(tmp_path)]
-    one_line_error(capsys, flags(photos, *explosive), "the loss is", "step", code=1)
+    one_line_error(capsys, flags(photos, *explosive), "the loss is", "step", "checkpoint.pth is from before", code=1)
     assert contents(tmp_path / "checkpoint.pth")["epoch"] == 0
     assert len(rows(tmp_path / "log.txt")) == 1
+    early = flags(photos, "--warmup-epochs", "0", "--lr", "1e30", "--output_dir", str(tmp_path / "early"))
+    one_line_error(capsys, early, "no checkpoint was saved before", code=1)
 
 
 def test_ctrl_c_while_a_loader_starts(photos, tmp_path, run_python):
@@ -347,6 +475,7 @@ def test_ctrl_c_while_a_loader_starts(photos, tmp_path, run_python):
 import sys
 from torch.utils.data import dataloader
 from stvit.train.cli import main
+from stvit.train.log import JsonLines
 def start(self, loader):
     raise KeyboardInterrupt
 dataloader._MultiProcessingDataLoaderIter.__init__ = start

@@ -1,15 +1,23 @@
 """Parts of the training program by themselves: flags, data sets, samplers, losses, log lines."""
 
 import json
+import warnings
+from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from stvit.train.cli import build_parser, parse_args
-from stvit.train.data import ShardSampler, build_transform
+from stvit.train.cli import parse_args
+from stvit.train.data import build_transform
 from stvit.train.distributed import Process
+from stvit.train.errors import UserError
+from stvit.train.flags import build_parser
 from stvit.train.folders import Folder, INaturalist, find_classes
+from stvit.train.images import read_image
+from stvit.train.loader import ShardSampler
 from stvit.train.log import JsonLines
 from stvit.train.losses import DistillationLoss
 
@@ -49,6 +57,71 @@ def test_a_class_without_test_images_keeps_the_training_indices(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     classes = find_classes(tmp_path / "train")
     assert Folder(tmp_path / "val", classes, None).targets == [2, 2]
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    """What other programs leave beside images, at every level."""
+    for name in ("blue/0.png", "blue/._0.png", "blue/.ipynb_checkpoints/0.png", ".hidden/0.png", "blue/deep/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for name in ("blue/Thumbs.db", "blue/.DS_Store", ".DS_Store", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "..data").symlink_to(tmp_path)
+    classes = find_classes(tmp_path)
+    files = [path for path, _ in Folder(tmp_path, classes, None).samples]
+    assert list(classes) == ["blue"]
+    assert [Path(file).relative_to(tmp_path).as_posix() for file in files] == ["blue/0.png", "blue/deep/1.png"]
+
+
+def test_a_folder_below_a_hidden_one_is_read(tmp_path):
+    """Only names from the data set's folder on count."""
+    root = tmp_path / ".cache" / "photos"
+    (root / "blue").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(root / "blue" / "0.png")
+    assert len(Folder(root, find_classes(root), None)) == 1
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    wide = np.array([[0, 128, 129, 257, 1000, 4000, 65407, 65535]], dtype=np.uint16)
+    for name in ("grey.png", "grey.tiff"):
+        Image.fromarray(wide).save(tmp_path / name)
+        read = np.asarray(read_image(tmp_path / name))
+        assert read.shape == (1, 8, 3)
+        assert read[0, :, 0].tolist() == [0, 0, 1, 1, 4, 16, 255, 255]
+
+
+@pytest.mark.parametrize("dtype, mode", [("int32", "I"), ("float32", "F")])
+def test_values_without_a_range_are_refused(tmp_path, dtype, mode):
+    Image.fromarray(np.ones((4, 4), dtype=dtype)).save(tmp_path / "odd.tiff")
+    with pytest.raises(UserError, match=rf"odd\.tiff: not a readable image \(mode {mode}, 32-bit"):
+        read_image(tmp_path / "odd.tiff")
+
+
+def test_pixels_are_taken_as_stored(tmp_path):
+    """Alpha and palette transparency are dropped, EXIF orientation not applied, an animation's first frame counts."""
+    red, blue = (200, 10, 20), (20, 10, 200)
+    Image.new("RGBA", (6, 4), (*red, 0)).save(tmp_path / "alpha.png")
+    Image.new("LA", (6, 4), (77, 3)).save(tmp_path / "grey.png")
+    palette = Image.new("P", (6, 4), 1)
+    palette.putpalette([0, 0, 0, *red])
+    palette.save(tmp_path / "palette.png", transparency=bytes([0, 0]))
+    palette.save(tmp_path / "colour.png", transparency=1)
+    Image.new("CMYK", (6, 4), (0, 255, 255, 0)).save(tmp_path / "print.tiff")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it
+    Image.new("RGB", (6, 4), red).save(tmp_path / "turned.png", exif=exif)
+    frames = [Image.new("RGB", (6, 4), colour) for colour in (red, blue)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], lossless=True)
+    frames[0].save(tmp_path / "pages.tiff", save_all=True, append_images=frames[1:])
+    Image.new("1", (6, 4), 1).save(tmp_path / "bits.png")
+    expected = {"grey.png": (77, 77, 77), "print.tiff": (255, 0, 0), "bits.png": (255, 255, 255)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in tmp_path.iterdir():
+            image = read_image(path)
+            assert image.mode == "RGB" and image.size == (6, 4), path
+            assert {colour for _, colour in image.getcolors()} == {expected.get(path.name, red)}, path
 
 
 def test_every_augmentation_runs_at_its_strongest():
