@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= $(shell $(PY) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types docs gpu-check clean
+.PHONY: help setup train test fuzz lint types docs gpu-check clean
 
 help: ## list the targets
 	@echo "Targets (PYTHON=python3.12 picks the interpreter, ARGS=... is passed on):"
@@ -23,8 +23,12 @@ train: $(INSTALLED) ## train a small STViT on scikit-learn's handwritten digits,
 test: $(INSTALLED) ## run the tests, on the GPU where there is one (ARGS="-k layout" for some)
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
+fuzz: $(INSTALLED) ## draw new examples for the tests that draw any (ARGS="--minutes 60 tests/kernels")
+	$(PY) -m tests.support.fuzz --workers $(WORKERS) $(ARGS)
+
 lint: $(INSTALLED) ## check the style
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* tests/support/emulation/*.h tests/support/emulation/*.c*)
 
 types: $(INSTALLED) ## check the type hints

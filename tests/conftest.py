@@ -37,9 +37,12 @@ hypothesis.settings.register_profile(
     "stvit",
     deadline=None,  # the first call of a kernel compiles it
     max_examples=25,
-    derandomize=bool(os.environ.get("CI")),
-    print_blob=True,
+    derandomize=True,  # everyone's run is the same; `make fuzz` draws anew
+    database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.register_profile(
+    "fuzz", hypothesis.settings.get_profile("stvit"), derandomize=False, report_multiple_bugs=False
 )
 hypothesis.settings.load_profile("stvit")
 

@@ -251,11 +251,34 @@ def launching(case: Case, device: str) -> Iterator[None]:
         yield
 
 
+Results = dict[str, Tensor]
+NUDGES = 8  # further runs of the reference where its first run doesn't explain an error
+
+
+def nudged(x: Tensor, seed: int) -> Tensor:
+    """x with each entry moved up or down by one unit in its last place."""
+    random = torch.Generator().manual_seed(seed)
+    towards = torch.randint(2, x.shape, generator=random).to(x.device, x.dtype) * 2 - 1
+    return torch.nextafter(x, towards * torch.inf)
+
+
 def assert_within_twice(
-    kernel: dict[str, Tensor], reference: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
+    kernel: Results,
+    reference: Results,
+    truth: Results,
+    dtype: torch.dtype,
+    again: Callable[[int], Results] | None = None,
 ) -> None:
-    """The 2x rule for every entry of a computation in `dtype`; a wrong dtype or shape fails too, as does NaN."""
+    """The 2x rule for every entry of a computation in `dtype`; a wrong dtype or shape fails too, as does NaN.
+
+    again(seed) is the reference in `dtype` on input that is `nudged`. The rule compares two single worst roundings, and
+    where few entries are summed the reference's may happen to be far smaller than the computation's condition explains.
+    In float32 its error is therefore the largest over its own run and these, asked for only where the first doesn't
+    explain the kernel's: no algorithm in `dtype` can be held to more than the exact result of an input one rounding
+    away. A wrong term is wrong by its size, not by its size times a rounding.
+    """
     assert kernel.keys() == reference.keys() == truth.keys()
+    others: list[Results] = []
     for name, found in kernel.items():
         expected, exact = reference[name], truth[name]
         assert found.dtype == expected.dtype and found.shape == exact.shape, name
@@ -264,8 +287,11 @@ def assert_within_twice(
         magnitude, error = exact.abs().max(), (found.double() - exact).abs().max()
         bound = FLOAT64 * magnitude.clamp(min=SMALL_VALUE)
         if dtype != torch.float64:
-            bound = TWICE * (expected.double() - exact).abs().max()
-            bound += ROUNDINGS[dtype] * torch.finfo(dtype).eps / 2 * magnitude
+            roundings = ROUNDINGS[dtype] * torch.finfo(dtype).eps / 2 * magnitude
+            bound = TWICE * (expected.double() - exact).abs().max() + roundings
+        if dtype == torch.float32 and again and bound < error < torch.inf:
+            others = others or [again(seed) for seed in range(NUDGES)]
+            bound = TWICE * max((other[name].double() - exact).abs().max() for other in others) + roundings
         assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}, values up to {magnitude:.3g}"
 
 
