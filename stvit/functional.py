@@ -13,7 +13,7 @@ from .backends import dispatch
 from .backends.channel_layer_norm import NormAndSkip
 from .checks import check_branch, check_depthwise, check_norm, check_sampling, check_upsampling
 from .geometry import Association
-from .tensors import autocast, autocast_dtype, is_channels_last
+from .tensors import autocast, autocast_dtype, is_channels_last, without_autocast
 
 
 def super_token_sampling(
@@ -49,7 +49,7 @@ def super_token_sampling(
     x = autocast(x)
     name = dispatch.choose(backend, x)
     if name == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             stokens, weights, mass = reference.sampling(x, (h, w), n_iter, scale, association_grad)
     else:
         stokens, weights, mass, _ = torch.ops.stvit.sampling(x, h, w, n_iter, scale, association_grad, name)
@@ -87,7 +87,7 @@ def token_upsampling(
     (h, w), channels_last = association.stoken_size, association.channels_last
     name = dispatch.choose(backend, stokens)
     if name == "reference":
-        with torch.autocast(stokens.device.type, enabled=False):
+        with without_autocast(stokens):
             y = reference.upsampling(stokens, weights, (h, w), channels_last)
             return y if residual is None else y + residual
     return torch.ops.stvit.upsampling(stokens, weights, residual, h, w, channels_last, name)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checks import check_pixels
 from .modules import SuperTokenBlock
+from .tensors import laid_out
 
 # What tells the models apart. Everywhere: tiles of 8, 4, 1, 1 pixels a side, one iteration, MLP ratio 4.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -245,7 +246,7 @@ class STViT(nn.Module):
         check_pixels(x)
         if x.shape[1] != self.in_chans:
             raise ValueError(f"x: expected {self.in_chans} channels (in_chans), got shape {tuple(x.shape)}")
-        x = self.pos_drop(self.patch_embed(x.contiguous(memory_format=torch.channels_last)))
+        x = self.pos_drop(self.patch_embed(laid_out(x, True)))
         maps = []
         for stage in self.layers:
             features, x = stage(x)

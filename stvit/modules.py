@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from . import functional
 from .backends import dispatch
 from .checks import check_pixels, stoken_pair
-from .tensors import is_channels_last, memory_format
+from .tensors import is_channels_last, laid_out
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory format of x; no copy where it is already."""
-    return y.contiguous(memory_format=memory_format(is_channels_last(x)))
+    return laid_out(y, is_channels_last(x))
 
 
 class LayerNorm2d(nn.Module):
@@ -168,6 +168,10 @@ class _NeighbourhoodKernel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("weights", torch.eye(9).reshape(9, 1, 3, 3))
+
+    def reset_parameters(self) -> None:
+        """Fills the constant in again, after `to_empty`; the name is the one that PyTorch's tools look for."""
+        self.weights.copy_(torch.eye(9).reshape(9, 1, 3, 3))
 
 
 class StokenAttention(nn.Module):

@@ -2,7 +2,8 @@
 
 Huang et al., "Vision Transformer with Super Token Sampling", CVPR 2023, section 3.2. Written in the paper's order:
 pool, associate, sample, upsample. Notation: P = h * w pixels a tile, T = gh * gw tiles an image, 9 = the super tokens
-of a pixel's 3 x 3 neighbourhood. Sums over pixels are kept in float32 (float64 for float64 input).
+of a pixel's 3 x 3 neighbourhood. Logits and sums over pixels are kept in float32 (float64 for float64 input): either
+may pass float16's largest number, 65504, where what comes of it doesn't.
 
 Two rules that published checkpoints depend on:
   * a neighbour outside the grid is not masked: its features are zero, so its logit is 0 and it takes its share of the
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import grid_size
-from .tensors import accumulator, is_channels_last, memory_format
+from .tensors import accumulator, is_channels_last, laid_out
 
 EPS = 1e-12
 
@@ -71,14 +72,15 @@ def pool(x: Tensor, stoken_size: tuple[int, int]) -> Tensor:
 
 def associate(tiles: Tensor, stokens: Tensor, scale: float) -> Tensor:
     """Association (B, T, P, 9) of pixels (B, T, P, C) with super tokens (B, C, gh, gw); paper, eq. 3."""
-    logits = tiles @ neighbours(stokens).transpose(2, 3)
-    return (logits.to(accumulator(tiles.dtype)) * scale).softmax(-1).to(tiles.dtype)
+    wide = accumulator(tiles.dtype)
+    logits = tiles.to(wide) @ neighbours(stokens).to(wide).transpose(2, 3)
+    return (logits * scale).softmax(-1).to(tiles.dtype)
 
 
 def sample(tiles: Tensor, weights: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Super tokens (B, C, gh, gw) and their mass (B, 1, gh, gw); paper, eq. 4-5."""
     wide = accumulator(tiles.dtype)
-    sums = fold((weights.transpose(2, 3) @ tiles).to(wide), grid)
+    sums = fold(weights.to(wide).transpose(2, 3) @ tiles.to(wide), grid)
     mass = fold(weights.sum(2, dtype=wide).unsqueeze(-1), grid)
     return (sums / (mass + EPS)).to(tiles.dtype), mass
 
@@ -99,7 +101,7 @@ def sampling(
             if iteration < n_iter - 1:
                 stokens, _ = sample(tiles, weights, grid)
     stokens, mass = sample(tiles, weights, grid)
-    stokens = stokens.contiguous(memory_format=memory_format(is_channels_last(x)))
+    stokens = laid_out(stokens, is_channels_last(x))
     return stokens, pixels_from_tiles(weights, stoken_size, (x.shape[2], x.shape[3])), mass
 
 
@@ -107,7 +109,7 @@ def upsampling(stokens: Tensor, weights: Tensor, stoken_size: tuple[int, int], c
     """Pixels (B, C, H, W): each the mixture of its neighbouring super tokens, weights (B, 9, H, W); paper, eq. 8."""
     tiles = pixels_by_tile(weights, stoken_size) @ neighbours(stokens)
     y = pixels_from_tiles(tiles, stoken_size, (weights.shape[2], weights.shape[3]))
-    return y.contiguous(memory_format=memory_format(channels_last))
+    return laid_out(y, channels_last)
 
 
 def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
@@ -125,7 +127,7 @@ def channel_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
         wide, weight, bias = (t.to(torch.promote_types(accumulator(x.dtype), weight.dtype)) for t in (x, weight, bias))
     y = F.layer_norm(wide.permute(0, 2, 3, 1), (x.shape[1],), weight, bias, eps).permute(0, 3, 1, 2)
     y = y if wide is x else y.to(x.dtype)
-    return y.contiguous(memory_format=memory_format(is_channels_last(x)))
+    return laid_out(y, is_channels_last(x))
 
 
 def residual_branch(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:

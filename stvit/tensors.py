@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+import torch.autograd.forward_ad
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -16,7 +19,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where autocast is on for x's device, else x's own; float64 stays, as with torch's own ops."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
 
@@ -24,6 +27,16 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype that autocast asks for."""
     return x.to(autocast_dtype(x))
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast off for x's device; the meta device has none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, jacrev, vmap, jvp, ...) or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -37,6 +50,13 @@ def is_channels_last(x: Tensor) -> bool:
 def memory_format(channels_last: bool) -> torch.memory_format:
     """The torch.memory_format that an output is allocated in."""
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def laid_out(x: Tensor, channels_last: bool) -> Tensor:
+    """x in the memory format asked for, copied only where it isn't; as it is under vmap, which knows no formats."""
+    return (
+        x if torch._C._are_functorch_transforms_active() else x.contiguous(memory_format=memory_format(channels_last))
+    )
 
 
 def empty_pixels(

@@ -14,14 +14,19 @@ from contextlib import contextmanager
 
 import torch
 
-from ..tensors import DTYPES
+from ..tensors import DTYPES, transformed
 from . import extension
 
 BACKENDS = ("cuda", "triton", "reference")
 AUTO_ORDER = ("triton", "cuda", "reference")  # Triton first until a GPU has timed both: docs/benchmarks.md
 
+NO_TRANSFORMS = (
+    "kernels run neither under the transforms of torch.func (grad, jacrev, vmap, jvp, ...) nor in forward-mode "
+    "differentiation; backend='reference' does"
+)
+
 logger = logging.getLogger("stvit")
-_told: set[tuple[str, ...]] = set()
+_told: set[str] = set()
 _used: str | None = None
 
 
@@ -148,18 +153,35 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if not reasons:
             break
         refused.append(f"{name}: {'; '.join(reasons)}")
-    if name == "reference" and tuple(refused) not in _told:
-        _told.add(tuple(refused))
-        logger.warning("backend 'auto' falls back to the PyTorch reference (%s)", " | ".join(refused))
+    if name == "reference":
+        _say_once(" | ".join(refused))
     return name
 
 
+@torch.compiler.assume_constant_result
+def _say_once(reasons: str) -> None:
+    if reasons not in _told:
+        _told.add(reasons)
+        logger.warning("backend 'auto' falls back to the PyTorch reference (%s)", reasons)
+
+
 def choose(backend: str, tensor: torch.Tensor) -> str:
-    """The backend that runs a call with this `backend` argument on `tensor`; raises as `resolve` does."""
+    """The backend that runs a call with this `backend` argument on `tensor`; raises as `resolve` does.
+
+    Where PyTorch would silently leave the kernels out of a derivative, or has no rule for them, the reference runs, as
+    it does on the meta device, which has shapes alone.
+    """
     if backend == "auto":
         backend = default_backend()
     else:
         check_backend(backend)
+    if backend == "reference" or tensor.is_meta:
+        return "reference"
+    if transformed():
+        if backend != "auto":
+            raise BackendError(f"backend={backend!r} can't run: {NO_TRANSFORMS}")
+        _say_once(NO_TRANSFORMS)
+        return "reference"
     return resolve(backend, tensor.device, tensor.dtype)
 
 

@@ -208,3 +208,15 @@ def test_an_empty_batch(full: bool) -> None:
     y = token_upsampling(stokens, association, backend="reference")
     assert stokens.shape == (0, 3, 3, 3) and y.shape == x.shape
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+
+
+def test_half_precision_holds_logits_and_sums_that_pass_its_largest_number() -> None:
+    """64 * 33 * 33 = 69696 is no float16, nor is the sum of a tile's pixels of 6000; what comes of them is."""
+    for x, tile, scale in (
+        (torch.full((1, 64, 4, 4), 33.0), 2, None),
+        (torch.full((1, 1, 8, 8), 6000.0), 4, 1e-6),
+    ):
+        expected, association = super_token_sampling(x.double(), tile, scale=scale, backend="reference")
+        stokens, found = super_token_sampling(x.half(), tile, scale=scale, backend="reference")
+        torch.testing.assert_close(stokens.double(), expected, rtol=2e-3, atol=0.0)
+        torch.testing.assert_close(found.weights.double(), association.weights, rtol=0.0, atol=1e-3)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 import stvit
 from stvit.model import CONFIGS, STViT
@@ -264,3 +265,45 @@ def test_wrong_images(x: Tensor, error: type[Exception]) -> None:
 def test_wrong_options(options: dict[str, object], names: str) -> None:
     with pytest.raises(ValueError, match=f"^{names}: expected"):
         smallest(**options)
+
+
+def test_built_on_the_meta_device_and_filled_later() -> None:
+    """Shapes come out at once; `to_empty` and a state dict make a model that computes."""
+    kept = shaken(smallest()).eval()
+    with torch.device("meta"):
+        model = smallest().eval()
+        assert model(torch.empty(2, 3, 40, 33)).shape == (2, 7)
+        assert [features.shape[1] for features in model.forward_stages(torch.empty(1, 3, 32, 32))] == [8, 12, 20, 16]
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(
+        torch.equal(value, kept.state_dict()[name]) for name, value in model.state_dict().items() if "fold" in name
+    )
+    model.load_state_dict(kept.state_dict())
+    x = torch.randn(2, 3, 40, 33)
+    assert torch.equal(model(x), kept(x))
+    with torch.device("meta"):
+        assigned = smallest().eval()
+    assigned.load_state_dict(kept.state_dict(), assign=True)
+    assert torch.equal(assigned(x), kept(x))
+
+
+def test_batched_models_images_and_gradients() -> None:
+    """torch.func over a whole model: images, an ensemble, a gradient a sample."""
+    models = [shaken(smallest()).eval() for _ in range(2)]
+    model, x = models[0], torch.randn(3, 3, 32, 33)
+    torch.testing.assert_close(vmap(model)(x[:, None])[:, 0], model(x))
+
+    weights, buffers = stack_module_state(models)  # type: ignore[arg-type]
+    found = vmap(lambda *state: functional_call(model, state, (x,)))(weights, buffers)
+    torch.testing.assert_close(found, torch.stack([one(x) for one in models]))
+
+    def loss(weights: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(model, weights, (image[None],)).square().sum()
+
+    per_sample = vmap(grad(loss), (None, 0))({k: v.detach() for k, v in model.named_parameters()}, x)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(per_sample[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
