@@ -1,6 +1,6 @@
-"""The floor: what a training step moves when every kernel of the plan reads its inputs and writes its outputs once.
+"""The floor: what a training step moves when every kernel listed here reads its inputs and writes its outputs once.
 
-The kernels are those of the plan, one a line below. Pointwise work is folded into them: GELU into the depthwise
+One kernel a line below. Pointwise work is folded into them: GELU into the depthwise
 convolution, the sum with the skip connection, LayerScale and drop-path into the last kernel of a branch, the sum of the
 two gradients at the start of a branch into that norm's backward, a BatchNorm's sums into the kernel that writes what
 they are of. Between kernels a tensor passes through memory: keeping one on chip from one line to the next (a whole MLP

@@ -147,7 +147,8 @@ class Case(NamedTuple):
 
 
 LAST, SLICED, SLICED_LAST = "channels_last", "sliced", "sliced_channels_last"
-# The channels of section 5 of the design, wider than any block, and the tiles, grids and layouts that it names.
+# Channels in use (64 to 192 in the published models, 40, 90 and 3 elsewhere) and wider than any block; tiles, grids and
+# layouts of every kind.
 LISTED = [
     Case(2, 64, 16, 24, (8, 8), HALF, layout=LAST, grad_layout=LAST),  # as in stage 1 of stvit_small
     Case(1, 64, 16, 24, (8, 8), HALF, True, layout=LAST, grad_layout=LAST),
