@@ -10,6 +10,7 @@ from .backends.dispatch import BackendError, available_backends, use_backend
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .functional import super_token_sampling, token_upsampling
 from .geometry import Association
+from .graphs import cuda_graph
 from .model import STViT, stvit_base, stvit_large, stvit_small, stvit_tiny
 from .modules import StokenAttention
 from .swap.accelerate import Report, accelerate, accelerate_report, restore
@@ -27,6 +28,7 @@ __all__ = [
     "accelerate",
     "accelerate_report",
     "available_backends",
+    "cuda_graph",
     "load_checkpoint",
     "optimize_for_inference",
     "restore",
