@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from contextlib import suppress
 from typing import Any
 
 import timm
@@ -17,6 +18,7 @@ from torch import nn
 import stvit
 from stvit.backends import dispatch
 from stvit.model import CONFIGS
+from stvit.train.distributed import Process
 from stvit.train.engine import Precision
 from stvit.train.errors import UserError
 
@@ -88,14 +90,22 @@ def resolve_backend(args: argparse.Namespace, precision: Precision, device: torc
     return f"{used} (auto)" if asked == "auto" else used
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module, world_size: int) -> torch.optim.Optimizer:
+def build_optimizer(args: argparse.Namespace, model: nn.Module, process: Process) -> torch.optim.Optimizer:
     """timm's optimizer at the learning rate for this batch: ``--lr`` x images a step / 512.
+
+    One kernel for all parameters (``--fused``) where the optimizer has one; on the CPU the plain one, whose rounding
+    every machine shares.
 
     Raises:
         UserError: for an unknown name or arguments that it does not take.
     """
-    options = optimizer_flags(args) | {"lr": args.lr * args.batch_size * args.grad_accum_steps * world_size / 512}
+    images = args.batch_size * args.grad_accum_steps * process.world_size
+    options = optimizer_flags(args) | {"lr": args.lr * images / 512}
+    fused = process.device.type == "cuda" if args.fused is None else args.fused
     try:
+        if fused:
+            with suppress(TypeError, RuntimeError, ValueError):  # an optimizer without a fused form
+                return create_optimizer_v2(model, **options, fused=True)
         return create_optimizer_v2(model, **options)
     except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
         raise UserError(f"--opt {args.opt}: {error}") from error

@@ -17,6 +17,7 @@ COUNTS = {  # flag: the least whole number
     "threads": 1,
     "save_every": 0,
     "max_bad_images": 0,
+    "throughput": 0,
     "grad_accum_steps": 1,
     "recount": 1,
     "warmup_epochs": 0,

@@ -30,7 +30,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if first.config:
         words += recipes.command_line(recipes.read_config(first.config), parser, f"--config {first.config}")
     first = parser.parse_args([*words, *given])
-    data_set = first.data_set or ("IMNET" if first.data_path or first.recipe else "DIGITS")
+    measured = "SYNTHETIC" if first.synthetic or first.throughput else None
+    data_set = measured or first.data_set or ("IMNET" if first.data_path or first.recipe else "DIGITS")
     preset = recipes.PRESETS.get(data_set, {})
     parser.set_defaults(**preset)
     args = parser.parse_args([*words, *given])

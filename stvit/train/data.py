@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -84,6 +85,21 @@ class Digits(Dataset[Any]):
         return self.transform(self.images[index]), self.labels[index]
 
 
+class Synthetic(Dataset[Any]):
+    """A random image under a thousand labels, without any work for the loader."""
+
+    def __init__(self, images: int, size: int) -> None:
+        self.images = images
+        generator = torch.Generator().manual_seed(0)
+        self.image = torch.randint(256, (3, size, size), dtype=torch.uint8, generator=generator)
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.image, index % 1000
+
+
 def build_transform(args: argparse.Namespace, train: bool) -> Transform:
     """timm's training transform by the augmentation flags, or resize and centre crop; both give (3, H, W) of uint8."""
     native = args.data_set == "CIFAR" and args.input_size <= 32  # CIFAR's own size: pad and crop, don't resize
@@ -110,7 +126,7 @@ def build_transform(args: argparse.Namespace, train: bool) -> Transform:
     return transforms.Compose([*steps, transforms.PILToTensor()])
 
 
-def build_sets(args: argparse.Namespace, saved: Saved | None) -> Sets:
+def build_sets(args: argparse.Namespace, saved: Saved | None, world_size: int = 1) -> Sets:
     """The data set named by the flags; classes are numbered as in the checkpoint ``saved`` where that names them.
 
     Raises:
@@ -122,6 +138,10 @@ def build_sets(args: argparse.Namespace, saved: Saved | None) -> Sets:
     except (AssertionError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise UserError(f"the augmentation flags don't make a transform: {type(error).__name__}: {error}") from error
     sets: list[Any]
+    if args.data_set == "SYNTHETIC":
+        images = args.batch_size * args.grad_accum_steps * world_size
+        train = None if args.eval else Synthetic(100 * images, args.input_size)
+        return Sets(train, Synthetic(10 * images, args.input_size), 1000)
     if args.data_set == "DIGITS":
         sets = [Digits(train, args.input_size, augment[train]) for train in parts]
         return Sets(None if args.eval else sets[0], sets[-1], 10)
@@ -173,7 +193,7 @@ def build_data(args: argparse.Namespace, process: Process, saved: Saved | None =
     Raises:
         UserError: for a path that does not hold the data set, or fewer training images than one step needs.
     """
-    sets = build_sets(args, saved)
+    sets = build_sets(args, saved, process.world_size)
     bad = BadImages(args.max_bad_images, lambda text: print(f"main.py: {text}", file=sys.stderr))
     common: dict[str, Any] = {
         "num_workers": args.num_workers,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stvit.train import seeds
 from stvit.train.distributed import Process
 from stvit.train.errors import UserError
+from stvit.train.graph import GraphedStep
 from stvit.train.loader import Batch, Feeder
 from stvit.train.meter import Meter
 from stvit.train.state import State
@@ -51,6 +52,7 @@ class Trainer:
         """``network`` is ``state.model``, wrapped for DDP and torch.compile as the run needs it."""
         self.args, self.process, self.precision, self.network = args, process, precision, network
         self.state, self.loss, self.mixup = state, loss, mixup
+        self.graphed: GraphedStep | None = None  # set where steps are replayed from a recording
         self.accumulated: int = args.grad_accum_steps
         self.erase = None
         if args.reprob > 0:
@@ -83,17 +85,24 @@ class Trainer:
         state = self.state
         seeds.set_all(self.args.seed, seeds.STEP, state.step, self.process.rank)
         state.optimizer.zero_grad()
+        if self.graphed is not None:
+            return self._stepped(batches, self.graphed(*self._augmented(batches[0])))
         total = torch.zeros((), device=self.process.device)
         for i, batch in enumerate(batches):
             with self._gradients_shared(last := i == len(batches) - 1):
-                total += self._forward_backward(*self._augmented(batch), update=last)
+                total += self.forward_backward(*self._augmented(batch), update=last)
+        return self._stepped(batches, total)
+
+    def _stepped(self, batches: list[Batch], loss: Tensor) -> Tensor:
+        """What follows the optimizer's step."""
+        state = self.state
         if state.ema is not None:
             state.ema.update(state.model)
         state.step += 1
         state.batch += len(batches)
         if state.scheduler is not None:
             state.scheduler.step_update(state.step)
-        return total
+        return loss
 
     def _gradients_shared(self, last: bool) -> AbstractContextManager[Any]:
         """Processes exchange gradients once a step, with those of its last batch."""
@@ -106,7 +115,7 @@ class Trainer:
             images = self.erase(images)
         return (images, targets) if self.mixup is None else self.mixup(images, targets)
 
-    def _forward_backward(self, images: Tensor, targets: Tensor, update: bool) -> Tensor:
+    def forward_backward(self, images: Tensor, targets: Tensor, update: bool = True) -> Tensor:
         """The loss, as its share of the step's; adds its gradients, and with ``update`` the optimizer does its step."""
         optimizer, clip = self.state.optimizer, self.args.clip_grad
         try:

@@ -28,7 +28,7 @@ is wrong, 130 interrupted, 143 SIGTERM or SIGUSR1 (the state is saved).
 docs/training.md says more.
 """
 
-DATA_SETS = ("DIGITS", "FOLDER", "IMNET", "CIFAR", "INAT", "INAT19")
+DATA_SETS = ("SYNTHETIC", "DIGITS", "FOLDER", "IMNET", "CIFAR", "INAT", "INAT19")
 IGNORED = "accepted and ignored, as in the published script"
 
 
@@ -67,6 +67,8 @@ def _data_flags(parser: Parser) -> None:
         "DIR/{train,val or test}/CLASS/*.jpg. IMNET: the same with 1000 classes. CIFAR: CIFAR-100 as torchvision "
         "keeps it. INAT, INAT19: iNaturalist 2018, 2019. Nothing is downloaded (default: IMNET with --data-path, "
         "otherwise DIGITS)")
+    add("--synthetic", action="store_true", help="short for --data-set SYNTHETIC: random images, to measure or try a "
+        "machine without data")
     add("--data-path", default="", metavar="DIR", help="where the data set lies")
     add("--max-bad-images", default=0, type=int, metavar="N", help="skip and name up to N unreadable images instead of "
         "ending at the first")
@@ -115,6 +117,7 @@ def _run_flags(parser: Parser) -> None:
     add("--start_epoch", "--start-epoch", default=0, type=int, metavar="N", help="first epoch, if nothing is resumed")
     add("--seed", default=0, type=int, metavar="N", help="seed of weights, order and augmentation")
     add("--tensorboard", action="store_true", help="also write OUTPUT_DIR/tensorboard")
+    add("--wandb", default="", metavar="PROJECT", help="also log to this project of Weights & Biases")
     add("--dist-eval", action="store_true", help="accepted: under torchrun the test set is always shared out, exactly")
     add("--world_size", "--world-size", default=1, type=int, metavar="N", help="under SLURM, the number of processes; "
         "torchrun sets it itself")
@@ -129,6 +132,18 @@ def _speed_flags(parser: Parser) -> None:
     add("--amp-dtype", default="auto", metavar="DTYPE", help="bf16, fp16, or auto: bf16 where the GPU has it")
     _switch(group, "channels-last", True, "channels_last memory format, the fast one for STViT")
     _switch(group, "compile", False, "torch.compile the model")
+    _switch(group, "cuda-graph", False, "record a whole training step once and replay it; where that can't be, the "
+        "reason is told and steps stay plain")
+    _switch(group, "fused", None, "update all parameters in one kernel (default: on with a GPU)")
+    add("--matmul-precision", default="highest", choices=["highest", "high", "medium"], help="of float32 "
+        "matrix products on the GPU: high uses TF32; mixed precision is not concerned")
+    _switch(group, "checkpoint-activations", False, "keep only the input of each block and run it again in the "
+        "backward: less memory, more time")
+    _switch(group, "sync-bn", False, "BatchNorm over the batches of all processes; GPUs only")
+    add("--throughput", default=0, type=int, metavar="STEPS", help="measure images/s of training and inference over "
+        "STEPS steps without data, and end")
+    add("--detect-anomaly", action="store_true", help="stop at the first layer whose output or gradient is not finite, "
+        "and name it; slow")
     add("--threads", default=None, type=int, metavar="N", help="CPU threads of each process (default: PyTorch's)")
     add("--num_workers", "--num-workers", default=min(10, _cpus()), type=int, metavar="N", help="processes that load "
         "images, for each training process (default: 10, or the number of CPUs if that is less)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stvit.checkpoint import whole_file
+from stvit.train.errors import UserError
 
 Row = dict[str, Any]
 
@@ -51,17 +53,20 @@ def _read(path: Path) -> list[Row]:
 class Log:
     """``log.txt`` (a line an epoch), ``steps.jsonl`` (a line a step), ``curve.png`` and, if wanted, tensorboard."""
 
-    def __init__(self, folder: Path | None, epoch: int, step: int, args: argparse.Namespace) -> None:
+    def __init__(self, folder: Path | None, epoch: int, step: int, args: argparse.Namespace, main: bool = True) -> None:
         """Continue a log after ``epoch`` epochs and ``step`` steps; what a killed run wrote after them is dropped."""
         self.folder = folder
         self.epochs = JsonLines(folder / "log.txt" if folder else None, lambda row: int(row["epoch"]) < epoch)
         self.steps = JsonLines(folder / "steps.jsonl" if folder else None, lambda row: int(row.get("step", 0)) <= step)
         self._drawn = time.monotonic()
         self._board: Any = None
+        self._wandb: Any = None
         if folder and args.tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=len(self.steps.rows))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if args.wandb and (folder or main):
+            self._wandb = _start_wandb(args, folder)
 
     def add_steps(self, rows: list[Row]) -> None:
         """Rows with step, epoch, loss, lr."""
@@ -70,14 +75,20 @@ class Log:
             for row in rows:
                 self._board.add_scalar("train/loss", row["loss"], row["step"])
                 self._board.add_scalar("train/lr", row["lr"], row["step"])
+        if self._wandb:
+            for row in rows:
+                self._wandb.log({"train/loss": row["loss"], "train/lr": row["lr"]}, step=row["step"])
 
     def add_epoch(self, row: Row) -> None:
         """One epoch's row; redraws the curve when the last drawing is half a minute old."""
         self.epochs.append(row)
         if self._board:
-            for name in ("test_loss", "test_acc1", "test_acc5", "images_per_s"):
-                self._board.add_scalar(name, row[name], row["epoch"])
+            for name, value in row.items():
+                if name != "epoch":
+                    self._board.add_scalar(name, value, row["epoch"])
             self._board.flush()
+        if self._wandb:
+            self._wandb.log({name: value for name, value in row.items() if name != "epoch"}, step=row["steps"])
         if time.monotonic() - self._drawn > 30:
             self.draw()
 
@@ -86,12 +97,32 @@ class Log:
         if self._board:
             self._board.close()
             self._board = None
+        if self._wandb:
+            self._wandb.finish()
+            self._wandb = None
 
     def draw(self) -> None:
         """Write ``curve.png``."""
         if self.folder and self.epochs.rows:
             draw_curve(self.epochs.rows, self.steps.rows, self.folder / "curve.png")
         self._drawn = time.monotonic()
+
+
+def _start_wandb(args: argparse.Namespace, folder: Path | None) -> Any:
+    """A run of Weights & Biases, the same one after resuming.
+
+    Raises:
+        UserError: where the package is missing.
+    """
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise UserError("--wandb needs wandb: pip install wandb") from error
+    name = str(folder.resolve()) if folder else None
+    identity = hashlib.sha256(name.encode()).hexdigest()[:16] if name else None
+    return wandb.init(
+        project=args.wandb, dir=name, name=args.output_dir or None, id=identity, resume="allow", config=vars(args)
+    )
 
 
 def draw_curve(epochs: list[Row], steps: list[Row], path: Path) -> None:
@@ -107,6 +138,12 @@ def draw_curve(epochs: list[Row], steps: list[Row], path: Path) -> None:
     loss.plot(ends, [row["train_loss"] for row in epochs], marker=mark, markersize=3, label="training, epoch mean")
     loss.plot(ends, [row["test_loss"] for row in epochs], marker=mark, markersize=3, label="test")
     accuracy.plot(ends, [row["test_acc1"] for row in epochs], marker=mark, markersize=3, label="top 1")
+    averaged = [row for row in epochs if "test_acc1_ema" in row]
+    if averaged:
+        at = [row["epoch"] + 1 for row in averaged]
+        accuracy.plot(
+            at, [row["test_acc1_ema"] for row in averaged], marker=mark, markersize=3, label="top 1, averaged"
+        )
     best = max(epochs, key=lambda row: row["test_acc1"])
     accuracy.set_title(
         f"test accuracy: best {best['test_acc1']:.2f} % in epoch {best['epoch'] + 1}, "

@@ -64,7 +64,8 @@ class Training:
         Raises:
             Stop: when the run ends early.
         """
-        log = Log(self.folder if self.process.main else None, self.state.epoch, self.state.step, self.args)
+        main = self.process.main
+        log = Log(self.folder if main else None, self.state.epoch, self.state.step, self.args, main)
         began = time.perf_counter()
         try:
             with self.screen.progress():

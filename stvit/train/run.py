@@ -14,17 +14,21 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from stvit.train import build, distributed, recipes, saving, seeds
+from stvit.train.anomaly import watch
 from stvit.train.console import Screen
 from stvit.train.data import Data, build_data
 from stvit.train.distributed import Process
 from stvit.train.engine import Precision, Trainer
 from stvit.train.errors import Preempted, Stop, UserError
 from stvit.train.evaluation import Accuracy, evaluate
+from stvit.train.graph import GraphedStep, why_not
 from stvit.train.loop import Training, last_step, wrap
 from stvit.train.losses import build_loss, build_mixup
+from stvit.train.memory import checkpoint_activations, out_of_memory
 from stvit.train.signals import StopRequest
 from stvit.train.state import State, load_finetune, load_weights
 from stvit.train.summary import count_parameters, finished_table
+from stvit.train.throughput import measure
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             finally:
                 this.data.close()
     except torch.OutOfMemoryError as error:
-        raise Stop(f"out of GPU memory: lower --batch-size (now {args.batch_size}) or --input-size") from error
+        raise out_of_memory(args, process.device) from error
     except RuntimeError as error:
         if not distributed.is_lost_peer(error):
             raise
@@ -70,6 +74,7 @@ class _Run:
         seeds.set_all(args.seed, seeds.WEIGHTS)  # the same initial weights in every process
         self.model = build.build_model(args, self.data.num_classes)
         torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision(args.matmul_precision)
 
     def _find(self) -> saving.Saved | None:
         """What to resume or evaluate: ``--resume``, or the last checkpoint in the output folder."""
@@ -88,7 +93,8 @@ class _Run:
         if self.args.eval:
             self._evaluate_only(stop)
             return
-        self._prepare_folder()
+        if not self.args.throughput:
+            self._prepare_folder()
         state = self._state()
         self._resume(state)
         if state.epoch >= self.args.epochs or (state.step >= last_step(self.args, self.data) and not state.batch):
@@ -100,10 +106,26 @@ class _Run:
         loss = build_loss(self.args, mixup, self.teacher())
         network = wrap(state.model, self.args, self.process)
         trainer = Trainer(self.args, self.process, self.precision, network, state, loss, mixup)
+        self._record_steps(trainer)
+        if self.args.throughput:
+            size, classes = self.args.input_size, self.data.num_classes
+            self.screen.say(measure(trainer, self.process, size, classes, self.args.throughput))
+            return
         keep_previous = not (self.saved and self.saved.note)
         Training(
             self.args, self.process, self.screen, self.data, state, trainer, self.evaluate, self.folder, keep_previous
         ).go(stop)
+
+    def _record_steps(self, trainer: Trainer) -> None:
+        """``--cuda-graph``, where it can be."""
+        if not self.args.cuda_graph:
+            return
+        device, state = self.process.device, trainer.state
+        reason = why_not(self.args, device, state.scaler is not None, self.process.world_size)
+        if reason:
+            self.screen.say(f"note: --cuda-graph: {reason}; steps run plainly")
+            return
+        trainer.graphed = GraphedStep(trainer.forward_backward, state.optimizer, device, self.screen.say)
 
     def _prepare_folder(self) -> None:
         if self.folder is None or not self.process.main:
@@ -143,7 +165,7 @@ class _Run:
         threads = torch.get_num_threads()
         where = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
         if device.type == "cuda":
-            where = torch.cuda.get_device_name(device)
+            where = f"{torch.cuda.get_device_name(device)}, float32 products {args.matmul_precision}"
         if self.process.world_size > 1:
             where = f"{self.process.world_size} processes, each {where}"
         amp = self.precision.dtype
@@ -194,15 +216,27 @@ class _Run:
             if classes is not None:
                 head = f"; its head for {classes} classes is replaced by a fresh one for {self.data.num_classes}"
             self.screen.say(f"fine-tuning {args.finetune} in {args.finetune_mode} mode{head}")
+        if args.sync_bn:
+            self._synchronise_batchnorm()
         self.to_device()
+        if args.checkpoint_activations:
+            self.screen.say(checkpoint_activations(self.model, self.precision, args.input_size))
+        model = self.model
         ema = None
         if args.model_ema:
             device = torch.device("cpu") if args.model_ema_force_cpu else None
             ema = ModelEmaV3(model, args.model_ema_decay, device=device)
-        optimizer = build.build_optimizer(args, model, self.process.world_size)
+        if args.detect_anomaly:
+            watch(model, gradients=self.precision.dtype is not torch.float16)
+        optimizer = build.build_optimizer(args, model, self.process)
         scheduler = build.build_scheduler(args, optimizer, self.data.steps)
         scaler = NativeScaler(self.process.device.type) if self.precision.dtype is torch.float16 else None
         return State(model, ema, optimizer, scheduler, scaler, args.lag_lr)
+
+    def _synchronise_batchnorm(self) -> None:
+        if self.process.device.type != "cuda":
+            raise UserError("--sync-bn needs GPUs: PyTorch's SyncBatchNorm does not run on the CPU")
+        self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
 
     def teacher(self) -> nn.Module | None:
         """The frozen teacher model, if the flags name one."""

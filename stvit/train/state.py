@@ -25,6 +25,8 @@ from stvit.train.distributed import Process
 from stvit.train.errors import UserError
 from stvit.train.saving import Contents, Saved
 
+WAYS = ("fused", "foreach", "capturable")  # how an optimizer computes: by today's flags, not by the file's
+
 
 @dataclass
 class Sums:
@@ -119,8 +121,11 @@ class State:
         opt = saved_flag(contents, "opt", args.opt)
         if opt != args.opt:
             raise UserError(f"{path}: its run used --opt {opt}, not {args.opt}; start from it with --finetune instead")
+        ways = [{k: group[k] for k in WAYS if k in group} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(contents["optimizer"])
+            for group, way in zip(self.optimizer.param_groups, ways, strict=True):
+                group |= way
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{path}: its optimizer state doesn't fit this model ({error})") from error
         if self.scaler is not None and "scaler" in contents:

@@ -27,15 +27,9 @@ from tests.support.train_cases import (
     one_line_error,
     rows,
     write_images,
-    write_photos,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")

@@ -1,47 +1,20 @@
 """Runs that are killed at any moment end bit for bit as the unbroken one; nothing is lost to damage or a full disk."""
 
 import itertools
-import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from stvit.train.cli import main
-from tests.support.train_cases import assert_same_run, contents, flags, one_line_error, rows, write_photos
+from tests.support.train_cases import assert_same_run, contents, flags, one_line_error, rows
 from tests.support.train_killer import EVENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Beside the tests' own draws: how many kills each of them adds, for `make survive`.
 MORE_KILLS = int(os.environ.get("STVIT_KILLS", "0"))
 LENGTH = ["--epochs", "2", "--save-every", "2", "--clip-grad", "1", "--model-ema-decay", "0.9"]
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """The program killed as `train_killer.py` says, then run to its end: (exit codes, what was printed)."""
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.support.train_killer"]
-    output = tmp_path_factory.mktemp("killer") / "output"
-    with subprocess.Popen(
-        command, env=environ, text=True, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as killer:
-
-        def run(arguments, kills=(), processes=1):
-            output.write_text("")
-            job = {"arguments": arguments, "processes": processes, "kills": list(kills), "output": str(output)}
-            killer.stdin.write(json.dumps(job) + "\n")
-            killer.stdin.flush()
-            codes = json.loads(killer.stdout.readline())
-            printed = output.read_text()
-            assert "Traceback" not in printed, printed
-            return codes, printed
-
-        yield run
-        killer.stdin.close()
 
 
 def draw(seed, count, processes):
@@ -54,11 +27,6 @@ def draw(seed, count, processes):
         number = chosen.choice(["SIGKILL", "SIGKILL", "SIGTERM"])
         kills.append([number, kind, chosen.randint(1, most), chosen.randrange(processes)])
     return kills
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,42 @@
+"""Images to train on, and the program as a process of its own that can be killed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.train_cases import write_photos
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory):
+    """The program killed as `train_killer.py` says, then run to its end: (exit codes, what was printed)."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.support.train_killer"]
+    output = tmp_path_factory.mktemp("killer") / "output"
+    with subprocess.Popen(
+        command, env=environ, text=True, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as killer:
+
+        def run(arguments, kills=(), processes=1):
+            output.write_text("")
+            job = {"arguments": arguments, "processes": processes, "kills": list(kills), "output": str(output)}
+            killer.stdin.write(json.dumps(job) + "\n")
+            killer.stdin.flush()
+            codes = json.loads(killer.stdout.readline())
+            printed = output.read_text()
+            assert "Traceback" not in printed, printed
+            return codes, printed
+
+        yield run
+        killer.stdin.close()
