@@ -1,13 +1,12 @@
 """What every test runs under: kernels interpreted or emulated where there is no GPU, fixed seeds, fresh memory full of
 NaN."""
 
-import multiprocessing
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 
 UNDER_XDIST = "PYTEST_XDIST_WORKER" in os.environ
@@ -25,6 +24,7 @@ import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from bench.machine.processes import compiling_processes  # noqa: E402
 from stvit.backends import extension  # noqa: E402
 from tests.support import emulated  # noqa: E402
 
@@ -99,14 +99,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def compiling() -> Iterator[Executor]:
     """A process in which Triton compiles, whatever it does in this one. What it runs has to be importable there."""
-    spawning = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawning) as process:
-        interpreted = os.environ.pop("TRITON_INTERPRET", None)
-        try:
-            process.submit(os.getpid).result()  # starts it
-        finally:
-            if interpreted is not None:
-                os.environ["TRITON_INTERPRET"] = interpreted
+    with compiling_processes(1) as process:
         yield process
 
 

@@ -85,7 +85,7 @@ def copy(operation: Operation) -> Step:
     """cp.async: to shared memory, past the registers. It is visible at the wait; till then its place holds NaN."""
     if "commit_group" in operation.parts:
         return _commit
-    if "wait_group" in operation.parts or "wait_all" in operation.parts:
+    if "wait_group" in operation.parts:
         return _wait(operation)
     operation.expect(operation.parts[1] == "async" and operation.parts[3:5] == ["shared", "global"])
     to, of, size = operation.address(0), operation.address(1), int(operation.arguments[2], 0)
@@ -119,13 +119,12 @@ def _commit(threads: Threads, mask: Mask) -> None:
 
 def _wait(operation: Operation) -> Step:
     """For all but the last n groups of a thread: cp.async.wait_group n."""
-    latest = int(operation.arguments[0]) if operation.arguments else 0
-    everything = "wait_all" in operation.parts
+    latest = int(operation.arguments[0])
 
     def step(threads: Threads, mask: Mask) -> None:
         left = []
         for active, groups, place, copied in threads.copies:
-            done = np.ones(len(active), bool) if everything else groups < threads.group[active] - latest
+            done = groups < threads.group[active] - latest
             done = done if mask is None else done & mask[active]
             if done.any():
                 threads.shared.note(place[done], active[done], copied.shape[1], True, operation.instruction)

@@ -1,6 +1,6 @@
 """Arithmetic, bits, comparisons, moves and conversions.
 
-Exact where a GPU approximates: ex2, rcp, div, sqrt and tanh are numpy's. Half precision is computed in float64 and
+Exact where a GPU approximates: ex2, rcp, div, sqrt and rsqrt are numpy's. Half precision is computed in float64 and
 rounded once; so is the float32 fma, whose second rounding can only matter at a tie, once in 2**29.
 """
 
@@ -75,8 +75,8 @@ def _divide(a: Array, b: Array) -> Array:
 ELEMENTWISE: dict[str, Function] = {
     "add": operator.add, "sub": operator.sub, "neg": operator.neg, "abs": np.abs, "div": _divide,
     "rem": lambda a, b: a - _divide(a, b) * b, "and": operator.and_, "or": operator.or_, "xor": operator.xor,
-    "not": operator.invert, "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt,
-    "rsqrt": lambda a: 1 / np.sqrt(a), "tanh": np.tanh, "popc": np.bitwise_count,
+    "not": operator.invert, "ex2": np.exp2, "rcp": np.reciprocal, "sqrt": np.sqrt,
+    "rsqrt": lambda a: 1 / np.sqrt(a),
 }  # fmt: skip
 for _name, _function in ELEMENTWISE.items():
     instruction(_name)(lambda operation, function=_function: elementwise(operation, function))  # type: ignore[misc]
@@ -158,20 +158,6 @@ def funnel(operation: Operation) -> Step:
     return operation.apply(shifted)
 
 
-@instruction("lop3")
-def lop3(operation: Operation) -> Step:
-    table = int(operation.arguments.pop(), 0)
-
-    def looked_up(a: Array, b: Array, c: Array) -> Array:
-        found = np.zeros(1, np.uint32)
-        for row in range(8):
-            if table >> row & 1:
-                found = found | (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-        return found
-
-    return operation.apply(looked_up)
-
-
 @instruction("prmt")
 def permute(operation: Operation) -> Step:
     operation.expect(operation.instruction.name == "prmt.b32")
@@ -194,13 +180,6 @@ def extract(operation: Operation) -> Step:
     width, type_ = bits(operation.type), dtype(operation.type)
     operation.expect(0 < length <= width - first)
     return operation.apply(lambda a: (a << type_(width - first - length)) >> type_(width - length))
-
-
-@instruction("bfi")
-def insert(operation: Operation) -> Step:
-    length, first = int(operation.arguments.pop()), int(operation.arguments.pop())
-    field = np.uint32(((1 << length) - 1 << first) & 0xFFFFFFFF)
-    return operation.apply(lambda a, b: (b & ~field) | ((a << np.uint32(first)) & field), "b32")
 
 
 COMPARE: dict[str, Any] = {
@@ -308,8 +287,6 @@ def _conversion(operation: Operation, to: str, of: str) -> Function:
         if "sat" in operation.parts:
             raise operation.unknown()
         return lambda value: value.astype(type_)
-    if to == "tf32":
-        return lambda value: value.view(np.uint32) + np.uint32(0x1000) & np.uint32(0xFFFFE000)
     if to not in FLOATS:
         nearest, limits = rounding or np.trunc, np.iinfo(type_)
         return lambda value: np.clip(nearest(value.astype(np.float64)), limits.min, limits.max).astype(type_)
@@ -326,12 +303,11 @@ def _conversion(operation: Operation, to: str, of: str) -> Function:
 
 def _convert_pair(operation: Operation, to: str) -> Step:
     """cvt.rn.bf16x2.f32 d, upper, lower."""
-    operation.expect(operation.type == "f32" and "rn" in operation.parts)
+    operation.expect(operation.type == "f32" and "rn" in operation.parts and "relu" not in operation.parts)
     upper, lower, target = operation.source(1), operation.source(2), operation.target()
-    relu = "relu" in operation.parts
 
     def step(threads: Threads, mask: Mask) -> None:
         values = np.stack(np.broadcast_arrays(lower(threads), upper(threads)), 1)
-        target(threads, from_halves(np.maximum(values, 0) if relu else values, to), mask)
+        target(threads, from_halves(values, to), mask)
 
     return step

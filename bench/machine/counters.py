@@ -6,6 +6,7 @@ from collections import Counter as Counts
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,15 @@ class Site:
     bytes: int = 0
 
 
+class Touched(NamedTuple):
+    """Bytes of a tensor's memory, each counted once."""
+
+    name: str
+    size: int
+    read: int
+    written: int
+
+
 class Counters:
     """Of one launch. `executed` counts the warps that ran each basic block, `divergent` the warps that a branch
     parted; the rest is counted only where the launch is profiled."""
@@ -65,7 +75,7 @@ class Counters:
         self.sites: defaultdict[Instruction, Site] = defaultdict(Site)
         self.first_sectors = 0  # loaded, each counted once a block of threads: what an L1 cache of its own would miss
         self.races: Counts[str] = Counts()
-        self.read = self.written = 0  # bytes of global memory, each counted once
+        self.touched: list[Touched] = []  # of global memory
         self._loaded: list[Array] = []
 
     def by_class(self) -> Counts[str]:
@@ -98,6 +108,16 @@ class Counters:
                 total.best += site.best
                 total.bytes += site.bytes
         return total
+
+    @property
+    def read(self) -> int:
+        """Bytes read of global memory, each counted once."""
+        return sum(tensor.read for tensor in self.touched)
+
+    @property
+    def written(self) -> int:
+        """Bytes written of global memory, each counted once."""
+        return sum(tensor.written for tensor in self.touched)
 
     @property
     def l2_bytes(self) -> int:

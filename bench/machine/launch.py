@@ -66,13 +66,13 @@ class Driver:
 @contextmanager
 def emulated(
     capability: int = 90, *, profile: bool = False, races: bool = False,
-    mutate: Callable[[str], str] | None = None, only: Callable[[str, int], bool] | None = None,
+    mutate: Callable[[str], str] | None = None, sample: Callable[[int], int] | None = None,
 ) -> Iterator[list[Launch]]:  # fmt: skip
     """Within, every Triton launch is executed by the emulator and added to the list that is given.
 
     capability: of the GPU, 80 or 90. profile: count sectors, wavefronts and bytes too. races: raise Fault where warps
-    race, at the end of the launch. mutate: PTX to PTX, plants a fault into every kernel. only: (name, blocks) of a
-    launch to whether it is executed; what is not leaves its tensors as they are.
+    race, at the end of the launch. mutate: PTX to PTX, plants a fault into every kernel. sample: from the blocks of a
+    launch to those that are executed, the first so many.
     """
     launches: list[Launch] = []
     run = JITFunction.run
@@ -86,11 +86,11 @@ def emulated(
         bound.apply_defaults()
         values, ranges = _arguments(compiled, kernel, bound.arguments)
         start = time.perf_counter()
-        if only is None or only(kernel.program.name, blocks):
-            counters = kernel.run(blocks, values, ranges, profile=profile, races=races)
-            if counters.races:
-                raise Fault(f"{kernel.program.name}: {len(counters.races)} races, {next(iter(counters.races))}")
-            launches.append(Launch(compiled, kernel, blocks, counters, time.perf_counter() - start))
+        executed = blocks if sample is None else sample(blocks)
+        counters = kernel.run(blocks, values, ranges, profile=profile, races=races, blocks=executed)
+        if counters.races:
+            raise Fault(f"{kernel.program.name}: {len(counters.races)} races, {next(iter(counters.races))}")
+        launches.append(Launch(compiled, kernel, blocks, counters, time.perf_counter() - start))
         return compiled
 
     with (

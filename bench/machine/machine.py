@@ -33,9 +33,9 @@ class Kernel:
 
     def run(
         self, grid: int, values: list[Any], ranges: list[Range], *, profile: bool = False, races: bool = False,
-        threads: int = 8192,
+        blocks: int | None = None, threads: int = 8192,
     ) -> Counters:  # fmt: skip
-        """Executes `grid` blocks, about `threads` threads at a time, on the memory of `ranges`.
+        """Executes the first `blocks` blocks of `grid`, about `threads` threads at a time, on the memory of `ranges`.
 
         values: the parameters in order. profile: count sectors, wavefronts and bytes too. races: look for races.
         """
@@ -43,10 +43,11 @@ class Kernel:
         counters, memory = Counters(program), GlobalMemory(ranges, profile)
         parameters = {name: value for (name, _), value in zip(program.parameters, values, strict=True)}
         most = max(1, threads // program.threads)
-        for first in range(0, grid, most):
-            blocks = min(most, grid - first)
-            shared = SharedMemory(self.shared, blocks, program.threads, races, counters if profile else None)
-            state = Threads(program, first, blocks, grid, parameters, memory, shared, counters, profile)
+        last = grid if blocks is None else min(blocks, grid)
+        for first in range(0, last, most):
+            count = min(most, last - first)
+            shared = SharedMemory(self.shared, count, program.threads, races, counters if profile else None)
+            state = Threads(program, first, count, grid, parameters, memory, shared, counters, profile)
             try:
                 with np.errstate(all="ignore"):
                     self._execute(state)
@@ -55,7 +56,7 @@ class Kernel:
             counters.races += shared.found
             counters.finish_chunk()
         if profile:
-            counters.read, counters.written = memory.unique()
+            counters.touched = memory.touched()
         return counters
 
     def _execute(self, threads: Threads) -> None:

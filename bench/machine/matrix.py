@@ -39,8 +39,7 @@ def load_matrices(operation: Operation) -> Step:
 
 @instruction("stmatrix")
 def store_matrices(operation: Operation) -> Step:
-    values, address, transposed = operation.sources(1), operation.address(0), "trans" in operation.parts
-    values = operation.sources(1, "b32")
+    values, address, transposed = operation.sources(1, "b32"), operation.address(0), "trans" in operation.parts
     count = _matrices(operation, len(values))
 
     def step(threads: Threads, mask: Mask) -> None:
@@ -59,7 +58,7 @@ def _matrices(operation: Operation, registers: int) -> int:
     return registers
 
 
-def _shape(operation: Operation) -> tuple[int, int, int]:
+def shape(operation: Operation) -> tuple[int, int, int]:
     found = next(re.fullmatch(r"m(\d+)n(\d+)k(\d+)", part) for part in operation.parts if re.match(r"m\d+n", part))
     assert found, operation.instruction.text
     return int(found[1]), int(found[2]), int(found[3])
@@ -68,8 +67,6 @@ def _shape(operation: Operation) -> tuple[int, int, int]:
 def _entries(value: Value, type_: str, threads: Threads) -> Array:
     """(warps, 32, 1 or 2) float64: what each thread's register holds of a fragment."""
     number = threads.by_warp(value(threads))
-    if type_ == "tf32":
-        number = (number & np.uint32(0xFFFFE000)).view(np.float32)
     wide = halves(number.reshape(-1), f"{type_}x2") if type_ in ("f16", "bf16") else number.astype(np.float64)
     return wide.reshape(-1, 32, 2 if type_ in ("f16", "bf16") else 1)
 
@@ -77,9 +74,11 @@ def _entries(value: Value, type_: str, threads: Threads) -> Array:
 @instruction("mma")
 def multiply(operation: Operation) -> Step:
     """d = a b + c by one warp: 16 x 8, or 8 x 8 of float64."""
-    (m, n, k), (sum_type, type_, other, _) = _shape(operation), operation.parts[-4:]
-    register = {"f16": "b32", "bf16": "b32", "tf32": "b32", "f64": "f64"}[type_]
-    operation.expect(type_ == other and sum_type in ("f32", "f64") and n == 8 and m in (8, 16))
+    (m, n, k), (sum_type, type_, other, _) = shape(operation), operation.parts[-4:]
+    register = "f64" if type_ == "f64" else "b32"
+    operation.expect(
+        type_ in ("f16", "bf16", "f64") and type_ == other and sum_type in ("f32", "f64") and n == 8 and m in (8, 16)
+    )
     targets = operation.targets(0)
     left, right = operation.sources(1, register), operation.sources(2, register)
     sums = operation.sources(3, sum_type)

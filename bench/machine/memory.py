@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.machine.counters import Counters
+from bench.machine.counters import Counters, Touched
 from bench.machine.numbers import UNSIGNED, Array
 from bench.machine.parse import Fault, Instruction
 
@@ -57,9 +57,10 @@ class GlobalMemory:
             if self.profile:
                 _numbers(self.written[k], unit)[at] = UNSIGNED[8 * unit](0x0101010101010101 >> 64 - 8 * unit)
 
-    def unique(self) -> tuple[int, int]:
-        """Bytes read and written, each counted once."""
-        return sum(map(np.count_nonzero, self.read)), sum(map(np.count_nonzero, self.written))
+    def touched(self) -> list[Touched]:
+        """What was read and written of each range."""
+        counts = zip(self.ranges, map(np.count_nonzero, self.read), map(np.count_nonzero, self.written), strict=True)
+        return [Touched(r.name, r.size, int(read), int(written)) for r, read, written in counts]
 
     def _places(
         self, address: Array, size: int, unit: int, instruction: Instruction

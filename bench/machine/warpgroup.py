@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.machine.matrix import _shape
+from bench.machine.matrix import shape
 from bench.machine.numbers import Array, halves
 from bench.machine.operation import Operation, Value, Write, instruction, together
 from bench.machine.parse import Fault, Instruction
@@ -62,7 +62,7 @@ def _wait(operation: Operation) -> Step:
 
 def _multiply(operation: Operation) -> Step:
     """d = a b + d, or a b where the predicate says so: 64 x n by 16, both operands given by descriptors."""
-    (m, n, k), (sum_type, type_, other) = _shape(operation), operation.parts[-3:]
+    (m, n, k), (sum_type, type_, other) = shape(operation), operation.parts[-3:]
     names = operation.vector(0)
     operation.expect(sum_type == "f32" and type_ == other and type_ in ("f16", "bf16") and (m, k) == (64, DEPTH))
     operation.expect(not operation.arguments[1].startswith("{") and len(names) == n // 2)

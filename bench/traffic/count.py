@@ -42,12 +42,24 @@ class Key(NamedTuple):
     op: str
 
 
+class Launched(NamedTuple):
+    """One launch of a Triton kernel, its arguments fake tensors and numbers."""
+
+    phase: str
+    op: str
+    kernel: Any
+    grid: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
 class Counted(NamedTuple):
-    """One training step: traffic by key, bytes saved for the backward, images of the batch."""
+    """One training step: traffic by key, bytes saved for the backward, images of the batch, launches of Triton's."""
 
     rows: dict[Key, Traffic]
     saved: int
     batch: int
+    launches: list[Launched]
 
     def total(self, optimiser: bool = False) -> Traffic:
         """Of forward, loss and backward, or of the optimiser."""
@@ -68,6 +80,7 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.rows: dict[Key, Traffic] = {}
+        self.launches: list[Launched] = []
         self.phase = "forward"
         self.scope = OUTSIDE
         self.within: tuple[str, str] | None = None  # category and name of the Triton op that is taken apart
@@ -88,8 +101,9 @@ class Counter(TorchDispatchMode):
             self._add(moved, *(self.within or named))
         return output
 
-    def _launched(self, kernel: Any, args: tuple[Any, ...]) -> None:
+    def _launched(self, kernel: Any, grid: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         assert self.within is not None
+        self.launches.append(Launched(self.phase, self.within[1], kernel, grid, args, options))
         given = dict(zip(kernel.arg_names, args, strict=False))
         unused = [name for name, flag in SPARE.get(kernel.__name__, {}).items() if not given[flag]]
         distinct = {id(t): nbytes(t) for name, t in given.items() if isinstance(t, Tensor) and name not in unused}
@@ -163,7 +177,7 @@ def count(
         if inference:
             with counter, cuda_autocast(dtype if autocast else None), torch.no_grad():
                 model(images)
-            return Counted(counter.rows, 0, batch)
+            return Counted(counter.rows, 0, batch, counter.launches)
         labels = torch.zeros(batch, dtype=torch.long, device="cuda")
         saved = Saved(model)
         with counter, cuda_autocast(dtype if autocast else None), saved.hooks():
@@ -173,7 +187,7 @@ def count(
             counter.phase = "backward"
             backward(loss, lambda node: setattr(counter, "scope", scopes.of(node)))
         _optimise(counter, [parameter.shape for parameter in model.parameters()])
-    return Counted(counter.rows, held_bytes, batch)
+    return Counted(counter.rows, held_bytes, batch, counter.launches)
 
 
 @contextmanager

@@ -69,12 +69,16 @@ def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 @contextmanager
-def triton_launches(launched: Callable[[Any, tuple[Any, ...]], None]) -> Iterator[None]:
-    """Within, a launch of a Triton kernel calls `launched` with the kernel and its arguments and does nothing else."""
+def triton_launches(launched: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], None]) -> Iterator[None]:
+    """Within, a launch of a Triton kernel calls `launched` with the kernel, its grid, its arguments and its options,
+    and does nothing else."""
     from triton.runtime.jit import KernelInterface
 
+    def launch(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args, **options: launched(kernel, grid, args, options)
+
     with (
-        mock.patch.object(KernelInterface, "__getitem__", lambda kernel, _: lambda *args, **__: launched(kernel, args)),
+        mock.patch.object(KernelInterface, "__getitem__", launch),
         mock.patch.object(torch.cuda, "device_of", lambda tensor: nullcontext()),
     ):
         yield
