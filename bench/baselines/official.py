@@ -1,8 +1,8 @@
 """The authors' own code from a checkout of their repository (github.com/hhb072/STViT), for `--official DIR`.
 
-Its models/stvit.py imports timm, fvcore and scipy, and names that newer versions of timm have dropped. What is
-missing here is replaced for the duration of the import: by an equal of our own where the model needs it, and by a
-placeholder that raises when it is used where only the file's self-test does.
+Its models/stvit.py imports timm, fvcore and scipy. timm, and what is missing here, is replaced for the duration of the
+import: by an equal of our own where the model needs it, and by a placeholder that raises when it is used where only the
+file's self-test does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import ast
 import importlib
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
@@ -25,8 +25,8 @@ from stvit.modules import DropPath
 
 MODEL_FILE = Path("models") / "stvit.py"
 MODULE = "stvit_official"  # stays in sys.modules under this name: torch.compile looks modules up by name
-# timm's registry would take the file's stvit_small for ours, so it is replaced even where timm is there.
-ALWAYS = {"timm.models.registry"}
+# Always replaced: its registry would take the file's stvit_small for ours, and newer versions lack some of the names.
+TIMM = "timm"
 EQUALS: dict[str, Any] = {
     "DropPath": DropPath,
     "to_2tuple": stoken_pair,
@@ -100,44 +100,27 @@ def _stand_ins(wanted: dict[str, set[str]]) -> Iterator[None]:
     """Within the block every module in `wanted` can be imported and has the names wanted."""
     replaced: dict[str, ModuleType] = {}
     for name, attributes in wanted.items():
-        if name in ALWAYS or not _has(name, attributes):
-            replaced[name] = _stand_in(name, attributes)
-    for name in list(replaced):  # scipy.io stands on scipy
-        for parent in _parents(name):
-            if parent not in replaced and not _has(parent, set()):
-                replaced[parent] = _stand_in(parent, set())
-    before = {name: sys.modules[name] for name in replaced if name in sys.modules}
-    sys.modules.update(replaced)
-    try:
+        if name.partition(".")[0] == TIMM or not _imports_here(name):
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):  # scipy.io stands on scipy
+                replaced.setdefault(".".join(parts[:end]), _stand_in(".".join(parts[:end])))
+            for attribute in attributes:
+                setattr(replaced[name], attribute, EQUALS.get(attribute, _placeholder(f"{name}.{attribute}")))
+    with mock.patch.dict(sys.modules, replaced):
         yield
-    finally:
-        for name in replaced:
-            del sys.modules[name]
-        sys.modules.update(before)
 
 
-def _has(name: str, attributes: set[str]) -> bool:
+def _imports_here(name: str) -> bool:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # timm warns of its old names
-            module = importlib.import_module(name)
-            return all(hasattr(module, part) or importlib.import_module(f"{name}.{part}") for part in attributes)
+        importlib.import_module(name)
     except Exception:  # a package that is there but broken is as good as missing
         return False
+    return True
 
 
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def _stand_in(name: str, attributes: set[str]) -> ModuleType:
-    there = sys.modules.get(name) if name not in ALWAYS else None  # lacks some of the names
+def _stand_in(name: str) -> ModuleType:
     module = ModuleType(name)
     module.__path__ = []  # a package, so that submodules may be imported from it
-    for attribute in attributes:
-        equal = EQUALS.get(attribute, _placeholder(f"{name}.{attribute}"))
-        setattr(module, attribute, getattr(there, attribute, equal))
     return module
 
 

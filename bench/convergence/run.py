@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 from bench.convergence.data import Batches, Data, DataError, digits, image_folder
 from bench.convergence.trainer import OutOfTime, Run, Trainer, build, why_not
 from bench.harness import console, record
+from bench.harness.gate import finite
 from stvit.model import CONFIGS
 
 EXAMPLES = """contenders: reference, triton, cuda or authors, each also compiled: reference+compile, triton+compile, ...
@@ -74,7 +74,7 @@ def as_row(run: Run, options: argparse.Namespace, target: float | None) -> Row:
     row: Row = {"contender": run.contender, "seed": run.seed, "model": options.model, "size": options.size}
     row.update(batch=options.batch, dtype=options.dtype, steps=len(run.losses), setup_s=run.setup_s)
     row["curves"] = {
-        "loss": [[step + 1, _finite(loss)] for step, loss in enumerate(run.losses)],
+        "loss": [[step + 1, finite(loss)] for step, loss in enumerate(run.losses)],
         "accuracy": [[step, accuracy] for step, _, accuracy in run.points],
         "seconds": [[step, seconds] for step, seconds, _ in run.points],
     }
@@ -82,8 +82,8 @@ def as_row(run: Run, options: argparse.Namespace, target: float | None) -> Row:
         return {**row, "error": run.error}
     curve = smoothed(run.losses).tolist()
     first = len(run.losses) - len(curve) + 1  # a window's last step
-    row["curves"]["smoothed"] = [[first + i, _finite(loss)] for i, loss in enumerate(curve)]
-    row.update(final_loss=_finite(curve[-1]), final_accuracy=run.points[-1][2], seconds=run.seconds)
+    row["curves"]["smoothed"] = [[first + i, finite(loss)] for i, loss in enumerate(curve)]
+    row.update(final_loss=finite(curve[-1]), final_accuracy=run.points[-1][2], seconds=run.seconds)
     row["images_per_s"] = len(run.losses) * options.batch / run.seconds
     row["seconds_to_target"] = next(s for _, s, accuracy in run.points if accuracy >= (target or 0.0))
     return row
@@ -100,7 +100,7 @@ def as_rows(runs: Sequence[Run], options: argparse.Namespace) -> tuple[list[Row]
         row = as_row(run, options, target)
         if first and run is not first and run.error is None:
             found = distance(first, run)
-            row["distance"] = {"mean": _finite(found.mean), "largest": _finite(found.largest)}
+            row["distance"] = {"mean": finite(found.mean), "largest": finite(found.largest)}
             if run.contender != BASELINE:
                 row["passed"] = bool(yardstick and found.mean <= yardstick.mean)  # NaN is not <= anything
         rows.append(row)
@@ -108,10 +108,6 @@ def as_rows(runs: Sequence[Run], options: argparse.Namespace) -> tuple[list[Row]
     passed = bool(contenders) and all(row.get("passed", False) for row in contenders)
     about = {"yardstick": yardstick._asdict() if yardstick else None, "target_accuracy": target, "passed": passed}
     return rows, about
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def run_one(run: Run, options: argparse.Namespace, data: Data, weights: dict[str, Tensor], deadline: float) -> None:
@@ -193,24 +189,29 @@ def show(rows: Sequence[Row], about: Row, device: torch.device) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m bench.convergence",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = console.parser("convergence", __doc__, EXAMPLES)
     add = p.add_argument
     add("--data", type=Path, metavar="DIR", help="DIR/{train,val or test}/CLASS/*.jpg; by default digits")
     add("--contenders", nargs="+", metavar="NAME", help="by default those of triton and cuda that can run")
     add("--model", choices=list(CONFIGS), help="by default stvit_small, on the CPU stvit_tiny")
-    add("--size", type=int, metavar="PIXELS", help="of images, by default 224, on the CPU 64, with --quick 32")
-    add("--batch", type=int, metavar="N", help="images a step, by default 64, on the CPU 16")
-    add("--steps", type=int, metavar="N", help="by default 1000, on the CPU 100, with --quick 20")
-    add("--minutes", type=float, metavar="M", help="budget: fewer steps where time wouldn't do for all of them")
-    add("--images", type=int, default=20000, metavar="N", help="most images to train on (default 20000)")
-    add("--test-images", type=int, default=2000, metavar="N", help="most images to test on (default 2000)")
-    add("--lr", type=float, default=1e-3, metavar="RATE", help="largest learning rate (default 0.001)")
-    add("--drop-path", type=float, default=0.1, metavar="RATE", help="stochastic depth (default 0.1)")
+    add(
+        "--size",
+        type=console.positive,
+        metavar="PIXELS",
+        help="of images, by default 224, on the CPU 64, with --quick 32",
+    )
+    add("--batch", type=console.positive, metavar="N", help="images a step, by default 64, on the CPU 16")
+    add("--steps", type=console.positive, metavar="N", help="by default 1000, on the CPU 100, with --quick 20")
+    add(
+        "--minutes",
+        type=console.above_zero,
+        metavar="M",
+        help="budget: fewer steps where time wouldn't do for all of them",
+    )
+    add("--images", type=console.positive, default=20000, metavar="N", help="most images to train on (default 20000)")
+    add("--test-images", type=console.positive, default=2000, metavar="N", help="most images to test on (default 2000)")
+    add("--lr", type=console.above_zero, default=1e-3, metavar="RATE", help="largest learning rate (default 0.001)")
+    add("--drop-path", type=console.rate, default=0.1, metavar="RATE", help="stochastic depth (default 0.1)")
     add("--dtype", choices=("bfloat16", "float32"), help="of autocast, by default bfloat16, on the CPU float32")
     add("--quick", action="store_true", help="few steps, few images")
     add(
@@ -227,9 +228,9 @@ def settle(options: argparse.Namespace, device: torch.device) -> None:
     """Fills in what depends on the device; a wrong value ends the program."""
     on_gpu, quick = device.type == "cuda", options.quick
     options.model = options.model or ("stvit_small" if on_gpu else "stvit_tiny")
-    options.size = options.size if options.size is not None else 224 if on_gpu else 32 if quick else 64
-    options.batch = options.batch if options.batch is not None else 64 if on_gpu else 16
-    options.steps = options.steps if options.steps is not None else LEAST_STEPS if quick else 1000 if on_gpu else 100
+    options.size = options.size or (224 if on_gpu else 32 if quick else 64)
+    options.batch = options.batch or (64 if on_gpu else 16)
+    options.steps = options.steps or (LEAST_STEPS if quick else 1000 if on_gpu else 100)
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.compile_backend = options.compile_backend or ("inductor" if on_gpu else "aot_eager")
     options.planned = None
@@ -239,13 +240,6 @@ def settle(options: argparse.Namespace, device: torch.device) -> None:
         options.out = record.folder(device) / "convergence.json"
     if on_gpu and not torch.cuda.is_available():
         console.usage_error("--device: no CUDA device found; --device cpu tries the tool on the CPU")
-    for name in ("size", "batch", "steps", "images", "test_images"):
-        if getattr(options, name) < 1:
-            console.usage_error(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
-    if options.minutes is not None and not options.minutes > 0:
-        console.usage_error(f"--minutes: expected more than 0, got {options.minutes}")
-    if not 0 <= options.drop_path < 1:
-        console.usage_error(f"--drop-path: expected a rate from 0 to below 1, got {options.drop_path}")
     if options.contenders is None:
         options.contenders = [name for name in ("triton", "cuda") if on_gpu and not why_not(name, device)]
         options.contenders = options.contenders or ["reference+compile"]
@@ -275,7 +269,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         console.say(f"written: {options.out}")
     return 0 if about["passed"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,15 +28,40 @@ def say(text: str = "") -> None:
     print(text, flush=True)
 
 
+def parser(name: str, description: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """Of `python -m bench.NAME`; description and epilog are printed as they are written."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        f"python -m bench.{name}", description=description, epilog=epilog, formatter_class=raw
+    )
+
+
 def positive(text: str) -> int:
     """A command line's whole number from 1 on."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text!r}")
+    return int(text)
+
+
+def above_zero(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
     return value
+
+
+def rate(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a rate from 0 to below 1, got {text}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
 def usage_error(message: str) -> NoReturn:

@@ -1,26 +1,25 @@
-"""The correctness gate: no speed is reported for a contender whose numbers are wrong.
+"""What the correctness gate (bench/harness/gate.py) holds an op to, and the calls that are timed.
 
 Truth is the reference in float64 on the first and the last image of the batch; images don't mix, so a contender runs
 the very call that is timed, at full batch, and answers for those two. For the gradients the incoming ones are zero
 at every other image, which makes those of parameters the two images' own.
 
-Two rules, for each output and each gradient, e being the largest absolute error:
-  * ours (triton, cuda): e <= 2 e_reference + eps * max|truth|, e_reference that of the reference in the same dtype
-    (the second term, two roundings of the largest value, is for where the reference happens to be exact);
-  * baselines (the authors' formulation, the reference itself): e <= BASELINE_TOLERANCE * max|truth|. Rounding more than
-    ours is no reason to hide a baseline's speed, so the first rule's verdict is shown and decides nothing; computing
-    something else is.
+Errors are largest absolute ones; the slack is eps * max|truth|, two roundings of the largest value, for where the
+reference happens to be exact. Baselines (the authors' formulation, the reference itself) may be off by
+BASELINE_TOLERANCE * max|truth|: rounding more than ours is no reason to hide a baseline's speed, so for them the rule's
+verdict is shown and decides nothing; computing something else is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.harness.gate import Verdict, distances, judge
 from bench.ops.cases import Contender, Implementation, Op, Problem, in_layout, out_of_layout
 
 BASELINE_TOLERANCE = 0.05
@@ -47,20 +46,6 @@ class Truth(NamedTuple):
     images: list[int]
     values: Named
     reference_errors: dict[str, float]
-
-
-class Verdict(NamedTuple):
-    """passed: the contender may be timed. errors: name -> largest error. worst: largest error / limit of rule one."""
-
-    passed: bool
-    errors: dict[str, float]
-    worst: float
-    worst_name: str
-
-    def as_row(self) -> dict[str, Any]:
-        worst = self.worst if math.isfinite(self.worst) else None  # JSON has no infinity
-        errors = {name: error if math.isfinite(error) else None for name, error in self.errors.items()}
-        return {"passed": self.passed, "worst": worst, "worst_name": self.worst_name, "errors": errors}
 
 
 def draw(op: Op, problem: Problem, seed: int) -> Data:
@@ -112,7 +97,7 @@ def truth(op: Op, problem: Problem, data: Data) -> Truth:
     chosen = Data(*({name: tensor[images] for name, tensor in named.items()} for named in data))
     values = _run(op, exact, Data(*({name: t.double() for name, t in named.items()} for named in chosen)))
     near = _run(op, few, chosen)
-    return Truth(images, values, {name: _error(near[name], value) for name, value in values.items()})
+    return Truth(images, values, distances(near, values, math.inf))
 
 
 def _run(op: Op, problem: Problem, data: Data) -> Named:
@@ -146,29 +131,17 @@ def check(
     right: Truth,
 ) -> Verdict:
     """Holds what a contender's `forward` or `both` returned on `only(right.images, data)` against the truth."""
-    errors: dict[str, float] = {}
-    passed, worst, worst_name = True, -1.0, ""
+    found: Named = {}
     for name, got in name_results(op, problem, implementation, results).items():
         plain = name.removeprefix("d ")
         if plain not in implementation.parameters:
             got = out_of_layout(plain, got[right.images], problem, contender.family)
-        errors[name] = error = _error(got, right.values[name])
-        largest = right.values[name].abs().max().item()
-        limit = 2 * right.reference_errors[name] + torch.finfo(problem.dtype).eps * largest
-        share = _share(error, limit)
-        if share > worst:
-            worst, worst_name = share, name
-        passed = passed and (error <= BASELINE_TOLERANCE * largest if contender.baseline else share <= 1)
-    return Verdict(passed, errors, worst, worst_name)
-
-
-def _error(got: Tensor, right: Tensor) -> float:
-    """The largest absolute error; infinite for NaN and for another shape."""
-    if got.shape != right.shape:
-        return math.inf
-    error = (got.detach().double() - right.detach()).abs().max().item()
-    return math.inf if math.isnan(error) else error
-
-
-def _share(error: float, limit: float) -> float:
-    return error / limit if limit > 0 else (0.0 if error == 0 else math.inf)
+        found[name] = got
+    largest = {name: right.values[name].abs().max().item() for name in found}
+    errors = distances(found, {name: right.values[name] for name in found}, math.inf)
+    eps = torch.finfo(problem.dtype).eps
+    verdict = judge(errors, right.reference_errors, {name: eps * value for name, value in largest.items()})
+    if contender.baseline:
+        near = all(error <= BASELINE_TOLERANCE * largest[name] for name, error in errors.items())
+        verdict = verdict._replace(passed=near)
+    return verdict

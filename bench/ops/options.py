@@ -54,6 +54,7 @@ class Options(NamedTuple):
     contenders: list[Contender]
     channels_last: bool
     autocast: bool
+    gate: bool
     minutes: float
     official: Path | None
     out: Path | None
@@ -110,27 +111,12 @@ def _shapes(text: str) -> list[Shape]:
 
 
 def _batches(text: str) -> list[int]:
-    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"expected positive integers separated by commas, got {text!r}")
-    return [int(part) for part in text.split(",")]
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = 0.0
-    if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text!r}")
-    return minutes
+    return [console.positive(part) for part in text.split(",")]
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Options from the command line; a mistake ends the program with exit code 2 and one line that names it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ops", description="Time each op against its baselines and the floor of its bytes.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = console.parser("ops", "Time each op against its baselines and the floor of its bytes.", EXAMPLES)
     selection = {
         "ops": (_some({op.name: op for op in OPS}), ", ".join(op.name for op in OPS)),
         "shape": (_shapes, "S/1/224 (model, stage, image) or BxCxHxW/hxw, separated by commas"),
@@ -145,7 +131,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
                     "help": "memory format of all but the authors' code, which runs in NCHW (default: %(default)s)"}),
         ("autocast", {"action": "store_true", "help": "float32 parameters and torch.autocast in --dtype"}),
         ("quick", {"action": "store_true", "help": "a few cases, about a minute"}),
-        ("minutes", {"type": _minutes, "help": "when to stop (default: 8, with --quick 1)"}),
+        ("gate", {"action": "store_true", "help": "the correctness gate alone, no times"}),
+        ("minutes", {"type": console.above_zero, "help": "when to stop (default: 8, with --quick 1)"}),
         ("official", {"type": Path, "metavar": "DIR", "help": "a checkout of the authors' repository to time"}),
         ("device", {"default": "cuda" if torch.cuda.is_available() else "cpu", "help": "(default: %(default)s)"}),
         ("out", {"type": Path, "metavar": "FILE", "help": "result file (default: bench/results/<gpu>/ops.json for a "
@@ -163,13 +150,14 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
             console.usage_error("--autocast: expected --dtype bf16 or fp16, got fp32")
         chosen["dtype"] = [name for name in chosen["dtype"] if name != "fp32"] or ["bf16"]
     narrowed = given.quick or any(getattr(given, name) is not None for name in selection)
-    narrowed = narrowed or given.autocast or given.official is not None or given.format != "channels_last"
+    narrowed = narrowed or given.autocast or given.gate or given.official is not None or given.format != "channels_last"
     default = record.folder(device) / "ops.json" if on_gpu and not narrowed else None
     if given.out is not None and given.out.is_dir():
         console.usage_error(f"--out: expected a file, {given.out} is a directory")
     return Options(
         device, chosen["ops"], chosen["shape"], chosen["batch"], chosen["dtype"], chosen["mode"], chosen["contenders"],
-        given.format == "channels_last", given.autocast, chosen["minutes"], given.official, given.out or default,
+        given.format == "channels_last", given.autocast, given.gate, chosen["minutes"], given.official,
+        given.out or default,
     )  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ import torch
 
 from bench.baselines import official
 from bench.harness import console, record, timing
+from bench.harness.gate import Verdict, finite
 from bench.ops import gate
 from bench.ops.cases import MODES, PASSES, STAGES, Contender, Implementation, Op, Problem, interpreted
 from bench.ops.options import Options, Unit, parse, plan
@@ -165,7 +165,7 @@ def run_contender(run: Run, op: Op, problem: Problem, contender: Contender, righ
     prepared = None  # the contender gets all the memory
     calls: list[gate.Prepared] = []
     for row in rows:
-        if row["status"] != "gate only" or row["interpreted"]:
+        if row["status"] != "gate only" or row["interpreted"] or run.options.gate:
             continue
         if run.out_of_time():
             run.skipped += 1
@@ -181,8 +181,9 @@ def implement(run: Run, op: Op, problem: Problem, contender: Contender) -> Imple
     return implementation._replace(run=torch.compile(implementation.run)) if contender.compiled else implementation
 
 
-def pass_gate(row: Row, verdict: gate.Verdict) -> None:
-    row["gate"] = verdict.as_row()
+def pass_gate(row: Row, verdict: Verdict) -> None:
+    errors = {name: finite(error) for name, error in verdict.errors.items()}
+    row["gate"] = {**verdict.as_row(), "errors": errors}
     row["status"] = "gate only" if verdict.passed else "failed gate"
     if not verdict.passed:
         name, share = verdict.worst_name, verdict.worst
@@ -337,7 +338,3 @@ def summarise(run: Run) -> int:
     if run.options.out is not None:
         console.say(f"written to {run.options.out}")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,10 +6,8 @@ Figures (PNG) are written beside the result files. The README's section between 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,6 +43,13 @@ CONVERGENCE_LEGEND = """\
 Every run starts from the same weights; those with seed 0 see the same batches. *Distance* is the mean absolute
 difference of the smoothed training losses from the reference's with seed 0; a run passes when it is no larger than the
 distance between the reference's two seeds."""
+PREDICTED_LEGEND = """\
+What a step and a forward pass move and launch, and the time they would take if no kernel took longer than its limit.
+The limit of an op of PyTorch is its bytes at the bandwidth of memory or its products at the peak of the tensor cores,
+which favours PyTorch; that of a kernel of ours whatever in its compiled code is the worst, as `python -m bench.machine`
+counts it. MB and microseconds are of an image, kernels of a step; the time to launch them is not in it. `python -m
+bench.predict` makes the table without a GPU."""
+ERROR_LEGEND = "What the model says of our kernels in a training step of stvit_small, beside what was timed."
 CONTEXT_LEGEND = "Other models on the same GPU, for context: timm's under `torch.compile`, ours at its best setting."
 
 
@@ -62,8 +67,8 @@ def link(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def section(found: dict[str, list[Result]], root: Path) -> str:
-    """What stands between the markers, for a README in the folder `root`."""
+def section(found: dict[str, list[Result]], root: Path, predicted: Path | None = None) -> str:
+    """What stands between the markers, for a README in the folder `root`; `predicted` is the file of bench.predict."""
     blocks = ["## Benchmarks"]
     for results in found.values():
         part = gpu_section(results, root)
@@ -73,6 +78,11 @@ def section(found: dict[str, list[Result]], root: Path) -> str:
         blocks.append(NOTHING)
     else:
         blocks.append("[docs/benchmarks.md](docs/benchmarks.md) says how these were measured and what is in the files.")
+    modelled = tables.predicted(predicted) if predicted else None
+    if predicted and modelled:
+        table, about = modelled
+        legend = f"{PREDICTED_LEGEND} The file: [{link(predicted, root)}]({link(predicted, root)})."
+        blocks += ["### Counted and modelled, not timed", caption("Each kernel at its limit", about, legend), table]
     return "\n\n".join([BEGIN + "\n" + GENERATED, *blocks, END])
 
 
@@ -107,6 +117,8 @@ def gpu_section(results: Sequence[Result], root: Path) -> list[str]:
         blocks += [CONTEXT_LEGEND, context]
     if training:
         blocks += [*picture("training.png", "Images a second and peak memory"), sources(results, "training", root)]
+    for result in (result for result in results if result.benchmark == "kernels" and result.rows):
+        blocks += [ERROR_LEGEND, tables.error_table(result), sources([result], "kernels", root)]
     for result in tables.convergences(results):
         blocks += [
             caption("Convergence", ", ".join(tables.convergence_subject(result)), CONVERGENCE_LEGEND),
@@ -134,10 +146,7 @@ def figures_of(results: Sequence[Result]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.plot", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = console.parser("plot", __doc__, EXAMPLES)
     what = parser.add_mutually_exclusive_group()
     readme = ROOT / "README.md"
     what.add_argument("--readme", action="store_true", help="write the tables into the document as well")
@@ -147,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found, refused = tables.load(options.results)
-        text = section(found, options.document.resolve().parent)
+        text = section(found, options.document.resolve().parent, options.results / "predicted.json")
     except tables.ResultError as error:
         console.usage_error(str(error))
     for line in refused:
@@ -181,7 +190,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.say(f"{problem}; run python -m bench.plot --readme")
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -27,6 +27,7 @@ OPS = {
     "residual_branch": "LayerScale, drop-path and residual",
 }
 MODES = {"train": "Training step", "inference": "Inference"}
+AUTHORS_EAGER = ("authors", "authors-channels-last")  # contenders of bench.training
 DASH = "–"
 
 
@@ -200,28 +201,20 @@ def training_groups(results: Iterable[Result]) -> list[Group]:
     return groups(results, "training", ("model", "size", "mode"))
 
 
-def fastest(group: Group, wanted: Sequence[str]) -> Row | None:
-    """The fastest of the contenders named, each of which may be a prefix that ends with *."""
-    rows = [
-        row
-        for name, row in group.rows.items()
-        if "error" not in row and any(name == w or (w[-1] == "*" and name.startswith(w[:-1])) for w in wanted)
-    ]
-    return max(rows, key=lambda row: row["images_per_s"], default=None)
+def fastest(group: Group, *prefixes: str, but: Sequence[str] = ()) -> Row | None:
+    """The fastest of the contenders whose names begin so."""
+    rows = [row for name, row in group.rows.items() if name.startswith(prefixes) and name not in but]
+    return max((row for row in rows if "error" not in row), key=lambda row: row["images_per_s"], default=None)
 
 
-def authors_eager(group: Group) -> Row | None:
-    """The authors' code at its better memory format."""
-    return fastest(group, ("authors", "authors-channels-last"))
-
-
-def authors_compiled(group: Group) -> Row | None:
-    return fastest(group, ("authors-compile*", "authors-max-autotune"))
-
-
-def ours_trained(group: Group) -> Row | None:
-    """Ours at its best, whatever that is; our own reference is no kernel of ours but may be compiled."""
-    return fastest(group, ("ours-*",))
+def sides(group: Group) -> tuple[Row | None, Row | None, Row | None]:
+    """The authors' code in eager mode, the same compiled, and ours, each at its best setting."""
+    compiled = [name for name in group.rows if name not in AUTHORS_EAGER]
+    return (
+        fastest(group, *AUTHORS_EAGER, but=compiled),
+        fastest(group, "authors", but=AUTHORS_EAGER),
+        fastest(group, "ours-"),
+    )
 
 
 def is_ours(group: Group) -> bool:
@@ -245,7 +238,7 @@ def training_table(of_mode: Sequence[Group]) -> str:
     ]  # fmt: skip
     rows = []
     for group in of_mode:
-        eager, compiled, mine = authors_eager(group), authors_compiled(group), ours_trained(group)
+        eager, compiled, mine = sides(group)
         memory = DASH
         if mine and mine["peak_bytes"]:
             memory = f"{mine['peak_bytes'] / 1e9:.1f}"
@@ -266,7 +259,7 @@ def context_table(found: Sequence[Group]) -> str:
     for group in found:
         name, size, mode = group.key
         if size in sizes and (not is_ours(group) or name == "stvit_small"):
-            best = ours_trained(group) if is_ours(group) else fastest(group, ("timm*",))
+            best = fastest(group, "ours-" if is_ours(group) else "timm")
             rows.setdefault((name, size), {})[mode] = images(best)
     cells = [[name, str(size), *(modes.get(mode, DASH) for mode in MODES)] for (name, size), modes in rows.items()]
     return markdown(["model", "size", "training, images/s", "inference, images/s"], cells) if sizes else ""
@@ -302,3 +295,52 @@ def convergence_subject(result: Result) -> tuple[str, str]:
 
 def convergences(results: Iterable[Result]) -> list[Result]:
     return [result for result in results if result.benchmark == "convergence" and result.rows]
+
+
+# Predicted: rows of bench.predict, one for each model, size, mode and side.
+
+SIDES = ("authors", "ours")
+PREDICTED = [
+    "model", "size", "run", "authors, MB", "ours, MB", "authors, kernels", "ours, kernels", "authors, us", "ours, us",
+    "ratio",
+]  # fmt: skip
+
+
+def predicted_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """MB and microseconds an image, kernels a step."""
+    lines = []
+    for key, group in itertools.groupby(rows, key=lambda row: (row["model"], row["size"], row["mode"])):
+        sides = {row["side"]: row for row in group}
+        figures = [
+            (name, form, side) for name, form in (("mb", ".0f"), ("kernels", ""), ("us", ".0f")) for side in SIDES
+        ]
+        ratio = times(sides["authors"]["us"], sides["ours"]["us"])
+        cells = (format(sides[side][name], form) for name, form, side in figures)
+        lines.append([key[0], str(key[1]), MODES[key[2]].lower(), *cells, ratio])
+    return lines
+
+
+def predicted(path: Path) -> tuple[str, str] | None:
+    """The table of the file that bench.predict recorded, and what it was counted for; None where there is no file."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        about = f"one {content['gpu']}, batch {content['rows'][0]['batch']}, bfloat16"
+        return markdown(PREDICTED, predicted_lines(content["rows"]), left=3), about
+    except (ValueError, KeyError, IndexError) as error:
+        raise ResultError(f"{path} is no file of bench.predict: {error!r}") from error
+
+
+# The model's error: rows of bench.predict.error, one for each kernel.
+
+
+def error_table(result: Result) -> str:
+    header = ["kernel", "launches", "timed, us a step", "predicted, us a step", "timed / predicted"]
+    return markdown(header, [
+        [
+            row["kernel"], f"{row['predicted_launches']}", DASH if row["timed_us"] is None else number(row["timed_us"]),
+            number(row["predicted_us"]), DASH if row["ratio"] is None else f"{row['ratio']:.2f}",
+        ]
+        for row in result.rows
+    ])  # fmt: skip

@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -54,17 +54,30 @@ class Launched(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """One training step: traffic by key, bytes saved for the backward, images of the batch, launches of Triton's."""
+    """One training step: traffic of each call of an op or launch of ours, bytes saved for the backward, images of the
+    batch, launches of Triton's."""
 
-    rows: dict[Key, Traffic]
+    calls: list[tuple[Key, Traffic]]
     saved: int
     batch: int
     launches: list[Launched]
 
+    @property
+    def rows(self) -> dict[Key, Traffic]:
+        return added_up(self.calls)
+
     def total(self, optimiser: bool = False) -> Traffic:
         """Of forward, loss and backward, or of the optimiser."""
-        parts = [moved for key, moved in self.rows.items() if (key.phase == "optimiser") == optimiser]
-        return Traffic(*map(sum, zip(*parts, strict=True))) if parts else Traffic()
+        return reduce(
+            Traffic.plus, (moved for key, moved in self.calls if (key.phase == "optimiser") == optimiser), Traffic()
+        )
+
+
+def added_up(calls: Iterable[tuple[Key, Traffic]]) -> dict[Key, Traffic]:
+    rows: dict[Key, Traffic] = {}
+    for key, moved in calls:
+        rows[key] = rows.get(key, Traffic()).plus(moved)
+    return rows
 
 
 OUTSIDE = Scope("head and loss", None)
@@ -79,7 +92,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows: dict[Key, Traffic] = {}
+        self.calls: list[tuple[Key, Traffic]] = []
         self.launches: list[Launched] = []
         self.phase = "forward"
         self.scope = OUTSIDE
@@ -110,8 +123,7 @@ class Counter(TorchDispatchMode):
         self._add(Traffic(moved=sum(distinct.values()), kernels=1), *self.within)
 
     def _add(self, moved: Traffic, found: str, op: str) -> None:
-        key = Key(self.phase, self.scope.block, found, op)
-        self.rows[key] = self.rows.get(key, Traffic()).plus(moved)
+        self.calls.append((Key(self.phase, self.scope.block, found, op), moved))
 
 
 # Kernel -> pointer -> flag without which the kernel is given that pointer but doesn't use it. A pointer that repeats
@@ -177,7 +189,7 @@ def count(
         if inference:
             with counter, cuda_autocast(dtype if autocast else None), torch.no_grad():
                 model(images)
-            return Counted(counter.rows, 0, batch, counter.launches)
+            return Counted(counter.calls, 0, batch, counter.launches)
         labels = torch.zeros(batch, dtype=torch.long, device="cuda")
         saved = Saved(model)
         with counter, cuda_autocast(dtype if autocast else None), saved.hooks():
@@ -187,7 +199,7 @@ def count(
             counter.phase = "backward"
             backward(loss, lambda node: setattr(counter, "scope", scopes.of(node)))
         _optimise(counter, [parameter.shape for parameter in model.parameters()])
-    return Counted(counter.rows, held_bytes, batch, counter.launches)
+    return Counted(counter.calls, held_bytes, batch, counter.launches)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """What one op moves: bytes, kernels, category. The one place that knows; docs/traffic.md gives the reasons.
 
 The rule: an op reads each input once and writes each output once, in one kernel. Views are free, an op in place reads
-and writes what it changes. Below that rule come the exceptions. Our own Triton ops need none: they are taken apart into
-their launches, workspace included, by bench/traffic/count.py. Nor do those of the CUDA extension, whose kernels keep
-to the rule: a test holds it against the bytes that they move on an emulated device.
+and writes what it changes. Below that rule come the exceptions: what cuDNN and PyTorch are known to move once more
+inside an op, a bias added by a kernel of its own or a second pass for sums, counts for whoever calls the op. Our own
+Triton ops need none: they are taken apart into their launches, workspace included, by bench/traffic/count.py. Nor do
+those of the CUDA extension, whose kernels keep to the rule: a test holds it against the bytes that they move on an
+emulated device.
 """
 
 from __future__ import annotations
@@ -13,23 +15,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-CATEGORIES = (
-    "super token ops", "depthwise", "1x1 products", "other convolutions", "attention", "norms", "pointwise", "copies",
-    "optimiser",
-)  # fmt: skip
+from bench.harness.categories import of_op
+
 Arguments = Mapping[str, Any]  # an op's arguments by the names of its schema
 
 
 class Traffic(NamedTuple):
-    """Bytes read plus written, bytes that known implementations move once more inside the op, kernels launched.
-
-    `again` is apart because it is knowledge of cuDNN and PyTorch and no property of the op; totals leave it out.
-    """
+    """Bytes read plus written, passes inside the op included; kernels launched; operations of its products."""
 
     moved: int = 0
-    again: int = 0
     kernels: int = 0
+    flops: int = 0
 
     def plus(self, other: Traffic) -> Traffic:
         return Traffic(*(a + b for a, b in zip(self, other, strict=True)))
@@ -66,9 +64,17 @@ def traffic(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any)
         return None
     made_like = name.endswith("_like") or name.startswith("new_")  # takes no more than a shape from its input
     read = [t for key, t in inputs.items() if not made_like and (key not in changed or name not in OVERWRITES)]
-    moved = Traffic(sum(map(nbytes, [*read, *fresh, *changed.values()])))
+    moved = Traffic(sum(map(nbytes, [*read, *fresh, *changed.values()])), flops=_flops(op, given, args, kwargs, output))
     exception = EXCEPTIONS.get(op._schema.name)
     return moved.plus(exception(given, tensors(output)) if exception else Traffic(kernels=1))
+
+
+def _flops(op: Any, given: Arguments, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
+    """Of products that tensor cores do, by PyTorch's own table; a depthwise convolution is none."""
+    counts = flop_registry.get(op.overloadpacket)
+    if counts is None or ("groups" in given and _is_depthwise(given)):
+        return 0
+    return int(counts(*args, **kwargs, out_val=output))
 
 
 def arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -93,20 +99,20 @@ def _convolution(given: Arguments, outputs: list[Tensor]) -> Traffic:
     native = _is_depthwise(given) and given["input"].is_contiguous()
     if given["bias"] is None or native:
         return Traffic(kernels=1)
-    return Traffic(again=2 * nbytes(outputs[0]), kernels=2)
+    return Traffic(moved=2 * nbytes(outputs[0]), kernels=2)
 
 
 def _convolution_backward(given: Arguments, outputs: list[Tensor]) -> Traffic:
     """Input, weight and bias have a kernel each, and each reads the output's gradient."""
     kernels = sum(given["output_mask"])
-    return Traffic(again=(kernels - 1) * nbytes(given["grad_output"]), kernels=kernels)
+    return Traffic(moved=(kernels - 1) * nbytes(given["grad_output"]), kernels=kernels)
 
 
 def _sums_first(*names: str) -> Exception_:
     """Two kernels, for sums and for the result; the tensors named are read by both."""
 
     def exception(given: Arguments, outputs: list[Tensor]) -> Traffic:
-        return Traffic(again=sum(nbytes(given[name]) for name in names), kernels=2)
+        return Traffic(moved=sum(nbytes(given[name]) for name in names), kernels=2)
 
     return exception
 
@@ -126,41 +132,18 @@ EXCEPTIONS: dict[str, Exception_] = {
     "aten::cudnn_batch_norm_backward": _sums_first("grad_output", "input"),
     "aten::native_layer_norm_backward": _sums_first("grad_out", "input"),
     "aten::_scaled_dot_product_flash_attention_backward": lambda given, outputs: Traffic(
-        again=nbytes(given["grad_out"]), kernels=3
+        moved=nbytes(given["grad_out"]), kernels=3
     ),
     "aten::_fused_adamw_": _fused_adamw,
 }
 
-# --- Categories ---
-COPIES = {
-    "clone", "_to_copy", "copy_", "cat", "stack", "slice_backward", "select_backward", "constant_pad_nd", "contiguous",
-}  # fmt: skip
-CONVOLUTIONS = {"convolution", "convolution_backward"}
-
 
 def category(op: Any, given: Arguments, hint: str | None) -> str:
     """The category of a call; `hint` is that of the module it runs in, if the module has one."""
-    namespace, name = op._schema.name.split("::")
     if hint in ("super token ops", "optimiser"):
         return hint
-    if name in CONVOLUTIONS:
-        if _is_depthwise(given):
-            return "depthwise"
-        return "1x1 products" if max(given["weight"].shape[2:]) == 1 else "other convolutions"
-    for word, found in (
-        ("sampling", "super token ops"),
-        ("depthwise", "depthwise"),
-        ("batch_norm", "norms"),
-        ("layer_norm", "norms"),
-        ("attention", "attention"),
-    ):
-        if word in name:
-            return found
-    if name in COPIES:
-        return "copies"
-    if hint == "attention":
-        return hint
-    return "1x1 products" if name in ("mm", "addmm", "bmm", "baddbmm") else "pointwise"
+    weight = given.get("weight")
+    return of_op(op._schema.name, weight.shape if isinstance(weight, Tensor) else None) or hint or "pointwise"
 
 
 def _is_depthwise(given: Arguments) -> bool:

@@ -25,7 +25,7 @@ from torch import nn
 import stvit
 from bench.baselines.model import authors_model
 from bench.harness import console, record
-from bench.traffic.count import Counted, count
+from bench.traffic.count import count
 from bench.traffic.floor import floor
 from stvit.backends.dispatch import BACKENDS
 from stvit.model import CONFIGS
@@ -51,7 +51,6 @@ class Row(NamedTuple):
     category: str
     op: str
     bytes: int
-    again: int | None
     kernels: int | None
 
 
@@ -61,17 +60,21 @@ class Subject(NamedTuple):
     rows: list[Row]
     saved: int
 
+    def step(self, **wanted: str) -> list[Row]:
+        """Rows of the step without the optimiser, whose fields are as wanted."""
+        rows = [row for row in self.rows if row.phase != "optimiser"]
+        return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
+
     def bytes(self, **wanted: str) -> int:
-        """Of the step without the optimiser, of the rows whose fields are as wanted."""
         return sum(row.bytes for row in self.step(**wanted))
+
+    @property
+    def kernels(self) -> int:
+        return sum(row.kernels or 0 for row in self.step())
 
     @property
     def optimiser(self) -> int:
         return sum(row.bytes for row in self.rows if row.phase == "optimiser")
-
-    def step(self, **wanted: str) -> list[Row]:
-        rows = [row for row in self.rows if row.phase != "optimiser"]
-        return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
 
 
 def examine(what: str, args: argparse.Namespace) -> Subject:
@@ -93,19 +96,18 @@ def examine(what: str, args: argparse.Namespace) -> Subject:
 def _counted(
     what: str, build: Callable[[], nn.Module], args: argparse.Namespace, *, channels_last: bool = True
 ) -> Subject:
-    counted: Counted = count(
+    counted = count(
         build, args.batch, args.size, DTYPES[args.dtype],
         inference=args.inference, autocast=args.autocast, channels_last=channels_last,
     )  # fmt: skip
-    rows = [Row(what, *key, *moved) for key, moved in counted.rows.items()]
-    return Subject(rows, counted.saved)
+    return Subject([Row(what, *key, moved.moved, moved.kernels) for key, moved in counted.rows.items()], counted.saved)
 
 
 def _floor(args: argparse.Namespace) -> Subject:
     width = DTYPES[args.dtype].itemsize
     lines = floor(args.model, args.size)
     rows = [
-        Row("floor", phase, line.block, line.category, line.what, moved, None, None)
+        Row("floor", phase, line.block, line.category, line.what, moved, None)
         for line in lines
         for phase, moved in zip(("forward", "backward"), line.bytes(args.batch, width), strict=True)
     ]
@@ -115,55 +117,42 @@ def _floor(args: argparse.Namespace) -> Subject:
 def show(subjects: dict[str, Subject], args: argparse.Namespace) -> None:
     """The table of --by, totals below."""
     columns = {what: subject for what, subject in subjects.items() if args.by != "op" or what != "floor"}
-    groups = _groups(columns, args)
     header = [args.by]
     for what in columns:
         header += [f"{what} MB"] if what == "floor" else [f"{what} MB", "kernels"]
-    table = [[name, *_cells(columns, args, members.__contains__)] for name, members in groups]
-    table.append(["total", *_cells(columns, args, lambda row: True)])
-    figures: dict[str, Callable[[Subject], int]] = {
-        "moved again inside an op": lambda subject: sum(row.again or 0 for row in subject.step()),
-        "saved for the backward": lambda subject: subject.saved,
-        "optimiser (MB a step)": lambda subject: args.batch * subject.optimiser,
-    }
-    for name, figure in list(figures.items())[: 1 if args.inference else None]:
+
+    def line(name: str, rows: dict[str, list[Row]]) -> list[str]:
         cells = [name]
-        for what, subject in columns.items():
-            known = what != "floor" or name.startswith("saved")
-            cells += [_mb(figure(subject), args) if known else "-"] + ([""] if what != "floor" else [])
-        table.append(cells)
+        for what, of_what in rows.items():
+            cells.append(_mb(sum(row.bytes for row in of_what), args))
+            cells += [] if what == "floor" else [str(sum(row.kernels or 0 for row in of_what))]
+        return cells
+
+    steps = {what: subject.step() for what, subject in columns.items()}
+    names = dict.fromkeys(getattr(row, args.by) for rows in steps.values() for row in rows)
+    groups = {
+        name: {what: [row for row in rows if getattr(row, args.by) == name] for what, rows in steps.items()}
+        for name in names
+    }
+    largest = {name: max(sum(row.bytes for row in rows) for rows in group.values()) for name, group in groups.items()}
+    shown = [name for name in names if largest[name] >= SMALLEST * 1e6 * args.batch]
+    table = [line(name, groups[name]) for name in sorted(shown, key=lambda n: args.by != "block" and -largest[n])]
+    small = {what: [row for n in names if n not in shown for row in groups[n][what]] for what in steps}
+    table += [line(f"{len(names) - len(shown)} smaller", small)] if len(shown) < len(names) else []
+    table.append(line("total", steps))
+    figures = {
+        "saved for the backward": {what: subject.saved for what, subject in columns.items()},
+        "optimiser (MB a step)": {w: args.batch * s.optimiser for w, s in columns.items() if w != "floor"},
+    }
+    for name, values in figures.items() if not args.inference else ():
+        cells = [[_mb(values[what], args) if what in values else "-", ""] for what in columns]
+        table.append(
+            [name, *(cell for what, pair in zip(columns, cells, strict=True) for cell in pair[: 1 + (what != "floor")])]
+        )
     numbers = f"{args.dtype} {'autocast' if args.autocast else 'activations'}"
     run = "forward pass" if args.inference else "step"
     title = f"{args.model}, batch {args.batch}, {args.size} x {args.size}, {numbers}: MB an image moved by a {run}"
     console.table(title, header, table)
-
-
-def _groups(columns: dict[str, Subject], args: argparse.Namespace) -> list[tuple[str, set[Row]]]:
-    """Rows by the field --by, in the order of blocks or by bytes; small ones together at the end."""
-    members: dict[str, set[Row]] = {}
-    for subject in columns.values():
-        for row in subject.step():
-            members.setdefault(getattr(row, args.by), set()).add(row)
-    largest = {
-        name: max(sum(row.bytes for row in rows if row.what == what) for what in columns)
-        for name, rows in members.items()
-    }
-    names = list(members) if args.by == "block" else sorted(members, key=lambda name: -largest[name])
-    groups = [(name, members[name]) for name in names if largest[name] >= SMALLEST * 1e6 * args.batch]
-    small = [name for name in names if name not in dict(groups)]
-    if small:
-        groups.append((f"{len(small)} smaller", set().union(*(members[name] for name in small))))
-    return groups
-
-
-def _cells(columns: dict[str, Subject], args: argparse.Namespace, wanted: Callable[[Row], bool]) -> list[str]:
-    cells = []
-    for what, subject in columns.items():
-        rows = [row for row in subject.step() if wanted(row)]
-        cells.append(_mb(sum(row.bytes for row in rows), args))
-        if what != "floor":
-            cells.append(str(sum(row.kernels or 0 for row in rows)))
-    return cells
 
 
 def _mb(moved: int, args: argparse.Namespace) -> str:
@@ -195,16 +184,13 @@ def write_ceiling(path: Path, args: argparse.Namespace) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        "python -m bench.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = console.parser("traffic", __doc__)
     parser.add_argument("--model", choices=sorted(CONFIGS), default="stvit_small")
     parser.add_argument("--batch", type=console.positive, default=128, metavar="N", help="images of a step (128)")
     parser.add_argument("--size", type=console.positive, default=224, metavar="N", help="pixels a side (224)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations and weights (bfloat16)")
     parser.add_argument("--autocast", action="store_true", help="float32 weights, autocast to --dtype, as one trains")
-    parser.add_argument("--drop-path", type=float, default=0.1, metavar="P", help="rate of the last block (0.1)")
+    parser.add_argument("--drop-path", type=console.rate, default=0.1, metavar="P", help="rate of the last block (0.1)")
     parser.add_argument(
         "--what", type=_subjects, metavar="LIST",
         help="of " + "; ".join(f"{name}: {meaning}" for name, meaning in SUBJECTS.items())
@@ -231,8 +217,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("argument --inference: expected neither floor nor --record, which are those of a training step")
     if "optimized" in args.what and not args.inference:
         parser.error("argument --what: optimized is for inference only, expected --inference with it")
-    if not 0 <= args.drop_path < 1:
-        parser.error(f"argument --drop-path: expected a probability below 1, got {args.drop_path}")
     if args.batch * math.ceil(args.size / 32) ** 2 < 2:
         parser.error("argument --batch: BatchNorm needs more than one pixel in the last stage, got one image of one")
     return args
@@ -266,7 +250,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record.write(args.out, "traffic", torch.device("cpu"), rows, settings=settings, saved=saved)
         console.say(f"written: {args.out}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

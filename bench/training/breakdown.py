@@ -1,9 +1,9 @@
 """Where the time of a step goes: kernels by category and by part of the network, read from torch.profiler.
 
 On a GPU the entries are device kernels; on the CPU they are PyTorch operators with the time of their own (without
-the operators they call). A kernel's category follows from the operator that launched it, the shape of that operator's
-weight, the part of the network it ran for, and its own name, by the rules of `category`; its part from the module
-whose forward, or whose forward's backward, it belongs to. Compiled code and CUDA graphs run outside the modules: there
+the operators they call). A kernel's category follows from the operator that launched it (bench/harness/categories.py),
+the part of the network it ran for, and its own name; its part from the module whose forward, or whose forward's
+backward, it belongs to. Compiled code and CUDA graphs run outside the modules: there
 kernels are told by name, and what the compiler fused counts as pointwise.
 """
 
@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +23,8 @@ from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-CATEGORIES = (
-    "super token ops", "depthwise", "1x1 products", "convolutions", "attention", "norms", "pointwise", "copies",
-    "optimiser", "other",
-)  # fmt: skip
+from bench.harness.categories import is_convolution, of_op
+
 SCOPE = "part: "  # begins the names of the ranges that mark parts of the network
 STOKEN_PART = "super token attention"
 
@@ -42,40 +41,25 @@ PARTS = [
     (r"proj|norm|head", "head"),
 ]
 
-# (what is looked at, regular expression, category); the first that matches counts. "kernel" is the kernel's name, "op"
-# the launching operator, "ops" that and those around it, "conv" what sort of convolution is among them.
-RULES = [
-    ("ops", r"^Optimizer\.step|^aten::_fused_adam", "optimiser"),
-    ("kernel", r"multi_tensor_apply|FusedAdam", "optimiser"),
-    ("ops", r"^stvit::(up)?sampling|^stvit::super_token", "super token ops"),
-    ("kernel", r"^(walk|fold|pooling|tokens_to_pixels|pixels_to_tokens)_kernel|stoken|super_token", "super token ops"),
-    ("kernel", r"\bstvit::.*_kernel\b", "super token ops"),  # of the extension, which has no others
-    ("part", rf"{STOKEN_PART}$", "super token ops"),
-    ("op", r"^stvit::\w*depthwise", "depthwise"),
-    ("op", r"^stvit::\w*norm", "norms"),
-    ("op", r"^stvit::\w*attention", "attention"),
-    ("op", r"^stvit::\w*residual", "pointwise"),
-    ("kernel", r"Memcpy|Memset|nchwToNhwc|nhwcToNchw|tensorTransform|transpose|direct_copy|CatArray", "copies"),
-    ("kernel", r"^triton_poi_fused(__to_copy|_clone|_constant_pad_nd|_cat)+(_\d+)?$", "copies"),
-    ("op", r"^aten::(copy_|_to_copy|clone|contiguous|cat|constant_pad_nd|fill_|zero_)$", "copies"),
-    ("conv", r"^depthwise$", "depthwise"),
-    ("kernel", r"depthwise|dwconv|grouped_direct|conv2d_c1_k1", "depthwise"),
-    ("conv", r"^1x1$", "1x1 products"),
-    ("conv", r"^dense$", "convolutions"),
-    ("ops", r"scaled_dot_product|^aten::_softmax|^aten::_?(flash|efficient|cudnn)_attention", "attention"),
-    ("kernel", r"flash|fmha|attention|sdpa|softmax", "attention"),
-    ("op", r"^aten::(bmm|baddbmm)", "attention"),
-    ("op", r"^aten::(mm|addmm|linear)$", "1x1 products"),
-    ("kernel", r"^triton_poi|cpp_fused", "pointwise"),
-    ("kernel", r"^triton_\w*bmm", "attention"),
-    ("kernel", r"fprop|dgrad|wgrad|convolve|conv2d|^triton_tem\w*conv", "convolutions"),
-    ("kernel", r"^triton_tem|gemm|gemv|nvjet|cutlass|splitKreduce", "1x1 products"),
-    ("op", r"layer_norm|batch_norm", "norms"),
-    ("kernel", r"(?i)layer_?norm|batch_?norm|bn_fw|bn_bw|welford|RowwiseMoments|GammaBeta", "norms"),
-    ("kernel", r"elementwise|vectorized|residual|reduce_kernel|^triton_(red|per)|gelu", "pointwise"),
-    ("op", r"^aten::(add|sub|mul|div|gelu|silu|sum|mean|sigmoid|bernoulli|where|neg|exp|sqrt)", "pointwise"),
+# Kernels whose names say more than the operator around them: regular expression -> category.
+FIRST = [
+    (r"multi_tensor_apply|FusedAdam", "optimiser"),
+    (r"^(walk|fold|pooling|tokens_to_pixels|pixels_to_tokens)_kernel|stoken|super_token", "super token ops"),
+    (r"\bstvit::.*_kernel\b", "super token ops"),  # of the extension, which has no others
+    (r"Memcpy|Memset|nchwToNhwc|nhwcToNchw|tensorTransform|transpose|direct_copy|CatArray", "copies"),
+    (r"^triton_poi_fused(__to_copy|_clone|_constant_pad_nd|_cat)+(_\d+)?$", "copies"),
 ]
-COMPILED = [(what, re.compile(pattern), name) for what, pattern, name in RULES]
+# Kernels of which no operator tells enough: compiled, of a graph, or of an operator that is not in harness/categories.
+LAST = [
+    (r"depthwise|dwconv|grouped_direct|conv2d_c1_k1", "depthwise"),
+    (r"flash|fmha|attention|sdpa|softmax|^triton_(?!poi)\w*bmm", "attention"),
+    (r"(?!triton_poi)(?=.*(fprop|dgrad|wgrad|convolve|conv2d|^triton_tem\w*conv))", "other convolutions"),
+    (r"^triton_tem|gemm|gemv|nvjet|cutlass|splitKreduce", "1x1 products"),
+    (r"^triton_poi|cpp_fused", "pointwise"),
+    (r"(?i)layer_?norm|batch_?norm|bn_fw|bn_bw|welford|RowwiseMoments|GammaBeta", "norms"),
+    (r"elementwise|vectorized|residual|reduce_kernel|^triton_(red|per)|gelu", "pointwise"),
+    (r"^aten::(add|sub|mul|div|gelu|silu|sum|mean|sigmoid|bernoulli|where|neg|exp|sqrt)", "pointwise"),  # of a CPU
+]
 
 
 class Entry(NamedTuple):
@@ -120,30 +104,20 @@ def take(
     return read(list(recorded.events() or ()), steps, device.type == "cuda")
 
 
-def category(kernel: str, ops: Sequence[str], shapes: Sequence[Any], part: str) -> str:
-    """The category of a kernel: `ops` are its launching operator and those around it, innermost first; `shapes` are
-    the input shapes of the innermost convolution among them, if any."""
-    looked_at = {"kernel": [kernel], "op": ops[:1], "ops": ops, "part": [part], "conv": [_convolution(ops, shapes)]}
-    for what, pattern, name in COMPILED:
-        if any(pattern.search(text) for text in looked_at[what]):
-            return name
-    return "other"
+def category(kernel: str, ops: Sequence[str], weight: Sequence[int] | None, part: str) -> str:
+    """The category of a kernel: `ops` are its launching operator and those around it, innermost first; `weight` is the
+    shape of the weight of the convolution among them, if there is one."""
+    if any(re.match(r"Optimizer\.step|aten::_fused_adam", op) for op in ops):
+        return "optimiser"
+    first = _named(kernel, FIRST)
+    if first is None and part.endswith(STOKEN_PART):
+        return "super token ops"
+    told = (of_op(op, weight) for op in ops)
+    return first or next(filter(None, told), None) or _named(kernel, LAST) or "other"
 
 
-def _convolution(ops: Sequence[str], shapes: Sequence[Any]) -> str:
-    """ "depthwise", "1x1" or "dense" by the weight's shape (out, in / groups, kh, kw); "" without a convolution."""
-    op = next((op for op in ops if _is_convolution(op)), "")
-    index = 2 if "backward" in op else 1  # (grad, input, weight, ...) or (input, weight, ...)
-    weight = shapes[index] if op and len(shapes) > index else None
-    if not weight or len(weight) != 4:
-        return ""
-    if weight[2:] == [1, 1]:
-        return "1x1"
-    return "depthwise" if weight[1] == 1 and weight[0] > 1 else "dense"
-
-
-def _is_convolution(op: str) -> bool:
-    return op.startswith("aten::") and "conv" in op
+def _named(kernel: str, rules: Sequence[tuple[str, str]]) -> str | None:
+    return next((name for pattern, name in rules if re.search(pattern, kernel)), None)
 
 
 def read(events: Sequence[FunctionEvent], steps: int, on_gpu: bool) -> Profile:
@@ -159,16 +133,16 @@ def read(events: Sequence[FunctionEvent], steps: int, on_gpu: bool) -> Profile:
         found = [(k.name, k.duration) for k in event.kernels if k.name not in host_names] if on_gpu else _own(event)
         if not found:
             continue
-        ops, shapes, part = _around(event, parts)
+        ops, weight, part = _around(event, parts)
         for name, microseconds in found:
             launched[name] += 1
-            entry = sums[name, category(name, ops, shapes, part), ops[0] if ops else "", part]
+            entry = sums[name, category(name, ops, weight, part), ops[0] if ops else "", part]
             entry[0] += microseconds
             entry[1] += 1
     for event in device_events:  # kernels of CUDA graphs: no operator launched them
         launched[event.name] -= 1
         if launched[event.name] < 0:
-            entry = sums[event.name, category(event.name, [], [], ""), "", ""]
+            entry = sums[event.name, category(event.name, [], None, ""), "", ""]
             entry[0] += event.time_range.end - event.time_range.start
             entry[1] += 1
     entries = [Entry(*key, ms / 1e3 / steps, calls / steps) for key, (ms, calls) in sums.items()]
@@ -212,10 +186,10 @@ def _parts_by_sequence(events: Iterable[FunctionEvent]) -> dict[int, str]:
     return found
 
 
-def _around(event: FunctionEvent, parts: dict[int, str]) -> tuple[list[str], list[Any], str]:
-    """Operators around an event, innermost first, the input shapes of the convolution among them, and the part."""
+def _around(event: FunctionEvent, parts: dict[int, str]) -> tuple[list[str], Sequence[int] | None, str]:
+    """Operators around an event, innermost first, the weight's shape of the convolution among them, and the part."""
     ops: list[str] = []
-    shapes: list[Any] = []
+    weight: Sequence[int] | None = None
     part = ""
     for at in _chain(event):
         if at.name.startswith(SCOPE):
@@ -223,11 +197,13 @@ def _around(event: FunctionEvent, parts: dict[int, str]) -> tuple[list[str], lis
             continue
         if at.name.startswith("autograd::engine"):
             part = part or parts.get(at.sequence_nr, "")
-        if not shapes and _is_convolution(at.name):
-            shapes = list(at.input_shapes or [])
+        if weight is None and at.name.startswith("aten::") and is_convolution(at.name):
+            # (grad, input, weight, ...) or (input, weight, ...)
+            shapes: list[Any] = list(at.input_shapes or [])
+            weight = next(iter(shapes[2 if "backward" in at.name else 1 :]), None)
         if "::" in at.name or at.name.startswith("Optimizer"):
             ops.append(at.name)
-    return ops, shapes, part
+    return ops, weight, part
 
 
 def part_of(module: str, tiled_stages: Iterable[int]) -> str | None:
@@ -247,42 +223,27 @@ def part_of(module: str, tiled_stages: Iterable[int]) -> str | None:
 
 @contextmanager
 def _marked(model: nn.Module | None) -> Iterator[None]:
-    """Within the block every forward of a part of the network is a range of the profile; so is every call of `branch`,
-    by which our blocks call their attention."""
-    handles, open_ranges, wrapped = [], [], []
+    """Within the block every forward of a part of the network is a range of the profile."""
+    handles: list[Any] = []
+    ranges: list[record_function] = []
 
-    def enter(part: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            open_ranges.append(record_function(SCOPE + part))
-            open_ranges[-1].__enter__()
-
-        return hook
+    def enter(part: str, *_: Any) -> None:
+        ranges.append(record_function(SCOPE + part))
+        ranges[-1].__enter__()
 
     def leave(*_: Any) -> None:
-        open_ranges.pop().__exit__(None, None, None)
-
-    def within(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            with record_function(SCOPE + part):
-                return method(*arguments, **options)
-
-        return call
+        ranges.pop().__exit__(None, None, None)
 
     tiled = _tiled_stages(model) if model is not None else set()
     for name, module in model.named_modules() if model is not None else ():
         part = part_of(name, tiled)
         if part:
-            handles += [module.register_forward_pre_hook(enter(part)), module.register_forward_hook(leave)]
-            if hasattr(module, "branch"):
-                module.branch = within(part, module.branch)  # hides the class's
-                wrapped.append(module)
+            handles += [module.register_forward_pre_hook(partial(enter, part)), module.register_forward_hook(leave)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module in wrapped:
-            del module.branch
 
 
 def _tiled_stages(model: nn.Module) -> set[int]:

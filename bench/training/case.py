@@ -188,7 +188,10 @@ def gate(case: Case, mode: str, prepared: Prepared, right: training_gate.Truth) 
     row: Row = {"gate": verdict.as_row()}
     if mode == "train":
         row["loss"], row["loss_truth"] = float(got["loss"]), float(right.values["loss"])
-        row["gradient_norm"], row["gradient_norm_truth"] = training_gate.gradient_norm(got), right.gradient_norm
+        row["gradient_norm"], row["gradient_norm_truth"] = (
+            training_gate.gradient_norm(got),
+            training_gate.gradient_norm(right.values),
+        )
     if not verdict.passed:
         row["error"] = (
             f"wrong result: {verdict.worst_name} is off by {verdict.worst:.3g} times what {case.dtype} allows"

@@ -30,7 +30,7 @@ import torch
 
 from bench.baselines import official
 from bench.harness import console, record
-from bench.training import breakdown
+from bench.harness.categories import CATEGORIES
 from bench.training.contenders import CONTENDERS, CONTEXT_MODELS, Case, modes_of, why_not
 from stvit.model import CONFIGS
 
@@ -53,12 +53,7 @@ Row = dict[str, Any]
 
 def parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:<30}{contender.about}" for name, contender in CONTENDERS.items())
-    p = argparse.ArgumentParser(
-        prog="python -m bench.training",
-        description=__doc__,
-        epilog=f"contenders:\n{names}\n\n{EXAMPLES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = console.parser("training", __doc__, f"contenders:\n{names}\n\n{EXAMPLES}")
     add = p.add_argument
     add("--models", nargs="+", metavar="NAME", choices=list(CONFIGS), help="by default stvit_small, _base, _large")
     add("--sizes", nargs="+", type=console.positive, metavar="PIXELS", help="of images, by default 224 and 384")
@@ -74,15 +69,17 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--drop-path",
-        type=_rate,
+        type=console.rate,
         default=0.0,
         metavar="RATE",
         help="stochastic depth in training (default 0); the gate looks at a twin without, which is compiled as well",
     )
     add("--official", type=Path, metavar="DIR", help="a checkout of the authors' repository, to time as 'authors'")
     add("--quick", action="store_true", help="stvit_small at 224 without what takes longest to compile")
-    add("--minutes", type=_above_zero, metavar="M", help=f"budget, by default none, with --quick {QUICK_MINUTES}")
-    add("--seconds", type=_above_zero, metavar="S", help="of timing for each case and mode; 3, with --quick 2")
+    add(
+        "--minutes", type=console.above_zero, metavar="M", help=f"budget, by default none, with --quick {QUICK_MINUTES}"
+    )
+    add("--seconds", type=console.above_zero, metavar="S", help="of timing for each case and mode; 3, with --quick 2")
     add(
         "--profile",
         type=Path,
@@ -93,27 +90,6 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cuda", "cpu"), help="by default cuda where there is one")
     add("--out", type=Path, metavar="FILE", help="by default bench/results/<gpu>/training.json; on the CPU none")
     return p
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-
-
-def _above_zero(text: str) -> float:
-    value = _number(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a rate from 0 to below 1, got {text}")
-    return value
 
 
 def plan(options: argparse.Namespace, device: torch.device) -> tuple[list[Case], list[Row]]:
@@ -129,12 +105,24 @@ def plan(options: argparse.Namespace, device: torch.device) -> tuple[list[Case],
         if (on_gpu or name in ON_CPU) and not (options.quick and contender.tier >= SLOW_TO_COMPILE)
     ]
     modes = ("train",) if options.train else ("inference",) if options.inference else ("train", "inference")
+    like = Case(
+        models[0], sizes[0], wanted[0], modes,
+        batch=options.batch or (128 if on_gpu else 2),
+        dtype=options.dtype or ("bfloat16" if on_gpu else "float32"),
+        device=device.type,
+        official=str(options.official.resolve()) if options.official else None,
+        drop_path=options.drop_path,
+        compile_backend=options.compile_backend,
+        seconds=options.seconds or (2.0 if options.quick and on_gpu else 3.0 if on_gpu else 0.5),
+        profile=options.profile is not None,
+    )  # fmt: skip
     cases, left_out = [], []
     for name in wanted:
         reasons = why_not(name, device)
         if reasons and options.contenders:
             console.usage_error(f"--contenders: {name} can't run here: {'; '.join(reasons)}")
-        if not modes_of(CONTENDERS[name], modes):
+        takes = modes_of(CONTENDERS[name], modes)
+        if not takes:
             if options.contenders:
                 console.usage_error(f"--contenders: {name} takes no part in training")
             continue
@@ -143,22 +131,7 @@ def plan(options: argparse.Namespace, device: torch.device) -> tuple[list[Case],
             continue
         for model in CONTEXT_MODELS if CONTENDERS[name].family == "timm" else models:
             for size in sizes:
-                cases.append(
-                    Case(
-                        model,
-                        size,
-                        name,
-                        modes_of(CONTENDERS[name], modes),
-                        batch=options.batch or (128 if on_gpu else 2),
-                        dtype=options.dtype or ("bfloat16" if on_gpu else "float32"),
-                        device=device.type,
-                        official=str(options.official.resolve()) if options.official else None,
-                        drop_path=options.drop_path,
-                        compile_backend=options.compile_backend,
-                        seconds=options.seconds or (2.0 if options.quick and on_gpu else 3.0 if on_gpu else 0.5),
-                        profile=options.profile is not None,
-                    )
-                )
+                cases.append(dataclasses.replace(like, model=model, size=size, contender=name, modes=takes))
     ranks = {model: rank for rank, model in enumerate((*models, *CONTEXT_MODELS))}
     order = list(CONTENDERS)
     cases.sort(
@@ -298,7 +271,7 @@ def show_profiles(profiles: Sequence[Row]) -> None:
         group = [row for row in profiles if (row["model"], row["size"], row["mode"]) == key]
         lines = [
             (name, *(f"{row['categories'].get(name, 0.0):.2f}" for row in group))
-            for name in breakdown.CATEGORIES
+            for name in CATEGORIES
             if any(name in row["categories"] for row in group)
         ]
         lines.append(("kernels", *(f"{row['busy_ms']:.2f}" for row in group)))
@@ -338,7 +311,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in filter(None, (out, options.profile)):
         console.say(f"written: {path}")
     return 0 if results.rows and not any("error" in row for row in results.rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -213,7 +213,7 @@ def test_digits_are_the_default_data():
         (["--contenders", "reference"], "it is the baseline"),
         (["--contenders", "reference+other"], "expected one of cuda, triton, reference, authors"),
         (["--data", "nowhere"], "nowhere: expected the folders train and one of val, test"),
-        (["--steps", "0"], "--steps: expected at least 1"),
+        (["--steps", "0"], "--steps: expected a whole number, at least 1"),
         (["--minutes", "0"], "--minutes: expected more than 0"),
         (["--drop-path", "1"], "--drop-path: expected a rate"),
         (["--batch", "5000"], "a batch of 5000 needs as many images"),

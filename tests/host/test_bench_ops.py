@@ -326,8 +326,8 @@ def test_only_a_full_run_on_a_gpu_writes_the_result_file(monkeypatch: pytest.Mon
     [
         (["--ops", "sampling,pooling"], "expected some of core, attention, sampling, upsampling, gelu_depthwise"),
         (["--shape", "S/9/224"], "got 'S/9/224'"),
-        (["--batch", "0"], "expected positive integers"),
-        (["--minutes", "-1"], "expected a positive number"),
+        (["--batch", "0"], "expected a whole number, at least 1"),
+        (["--minutes", "-1"], "expected more than 0"),
         (["--device", "cuda:99"], "cuda:99 is not there"),
         (["--device", "toaster"], "expected cpu, cuda or cuda:N"),
         (["--autocast", "--dtype", "fp32"], "expected --dtype bf16 or fp16"),

@@ -221,3 +221,33 @@ def test_failed_runs_are_drawn_as_such(tmp_path, readme):
     assert run(tmp_path / "results", readme, "--readme") == 0
     assert line(readme.read_text(), "triton, seed 0")[-1] == "failed"
     assert line(readme.read_text(), "S stage 1, 224")[3] == "failed"
+
+
+def test_what_is_modelled_stands_apart_and_behind_what_is_timed(results, readme, capsys):
+    rows = [
+        {
+            "model": "stvit_small",
+            "size": 224,
+            "mode": "train",
+            "side": side,
+            "batch": 128,
+            "mb": mb,
+            "kernels": 9,
+            "us": us,
+        }
+        for side, mb, us in (("authors", 800.0, 300.0), ("ours", 400.0, 150.0))
+    ]
+    (results / "predicted.json").write_text(json.dumps({"gpu": "H100", "rows": rows}))
+    kernel = {"kernel": "walk_kernel", "predicted_us": 100.0, "predicted_launches": 8, "timed_us": 130.0, "ratio": 1.3}
+    put(results / "imaginary", "kernels", rows=[kernel, {**kernel, "kernel": "fold", "timed_us": None, "ratio": None}])
+    assert run(results, readme, "--readme") == 0
+    text = readme.read_text()
+    timed, modelled = text.split("### Counted and modelled, not timed")
+    assert line(modelled, "stvit_small", "224", "training step")[-3:] == ["300", "150", "2.00x"]
+    assert "one H100, batch 128" in modelled and "(results/predicted.json)" in modelled
+    assert line(timed, "walk_kernel") == ["walk_kernel", "8", "130", "100", "1.30"]
+    assert line(timed, "fold")[2:] == [tables.DASH, "100", tables.DASH]
+    (results / "predicted.json").write_text('{"rows": []}')
+    with pytest.raises(SystemExit) as ended:
+        run(results, readme, "--check")
+    assert ended.value.code == 2 and "predicted.json" in capsys.readouterr().err

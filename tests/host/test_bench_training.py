@@ -9,6 +9,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
+from bench.harness.categories import CATEGORIES
 from bench.training import breakdown
 from bench.training import case as training_case
 from bench.training import gate as training_gate
@@ -289,8 +290,8 @@ DEPTHWISE, POINT, DENSE = [64, 1, 3, 3], [64, 32, 1, 1], [64, 32, 3, 3]
         ("conv2d_grouped_direct_kernel", ["aten::cudnn_convolution"], None, "", "depthwise"),
         ("unknown", ["aten::_conv_depthwise2d"], DEPTHWISE, "", "depthwise"),
         ("sm90_xmma_fprop_implicit_gemm", ["aten::cudnn_convolution", "aten::conv2d"], POINT, "", "1x1 products"),
-        ("sm90_xmma_fprop_implicit_gemm", ["aten::cudnn_convolution"], DENSE, "", "convolutions"),
-        ("sm90_xmma_wgrad_implicit_gemm", [], None, "", "convolutions"),
+        ("sm90_xmma_fprop_implicit_gemm", ["aten::cudnn_convolution"], DENSE, "", "other convolutions"),
+        ("sm90_xmma_wgrad_implicit_gemm", [], None, "", "other convolutions"),
         ("void at::native::reduce_kernel", ["aten::convolution_backward"], POINT, "", "1x1 products"),
         ("void cudnn::ops::nchwToNhwcKernel", ["aten::cudnn_convolution"], DENSE, "", "copies"),
         ("Memcpy DtoD (Device -> Device)", [], None, "", "copies"),
@@ -304,16 +305,14 @@ DEPTHWISE, POINT, DENSE = [64, 1, 3, 3], [64, 32, 1, 1], [64, 32, 3, 3]
         ("triton_red_fused_native_layer_norm_3", [], None, "", "norms"),
         ("triton_poi_fused_add_gelu_native_batch_norm_7", [], None, "", "pointwise"),
         ("triton_poi_fused__to_copy_2", [], None, "", "copies"),
-        ("triton_tem_fused_convolution_4", [], None, "", "convolutions"),
+        ("triton_tem_fused_convolution_4", [], None, "", "other convolutions"),
         ("void at::native::vectorized_elementwise_kernel<GeluCUDAKernelImpl>", ["aten::gelu"], None, "", "pointwise"),
         ("never_heard_of", [], None, "", "other"),
     ],
 )
 def test_categories(kernel, ops, weight, part, expected):
-    backward = any("backward" in op for op in ops)
-    shapes = [[2, 32, 8, 8], [2, 32, 8, 8], weight] if backward else [[2, 32, 8, 8], weight]
-    assert breakdown.category(kernel, ops, shapes if weight else [], part) == expected
-    assert expected in breakdown.CATEGORIES
+    assert breakdown.category(kernel, ops, weight, part) == expected
+    assert expected in CATEGORIES
 
 
 @pytest.mark.parametrize(
