@@ -40,7 +40,7 @@ docs: $(INSTALLED) ## check the links, paths, commands and examples in the docum
 # Sets nothing up: where .venv is missing PYTHON runs it, whose torch and triton are those of the machine.
 STAGE ?= all
 OUT ?= runs/gpu-check
-gpu-check: ## check and measure on a GPU (STAGE=tests, sanitizer, ops, training, convergence or all; OUT=DIR)
+gpu-check: ## check and measure on a GPU (STAGE=first, second, tests, sanitizer, ops, training, convergence or all; OUT=DIR)
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m bench.gpu_check $(STAGE) --out $(OUT) $(ARGS)
 
 clean: ## remove builds and caches; .venv and runs stay

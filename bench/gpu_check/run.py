@@ -1,35 +1,35 @@
-"""What needs a GPU, in stages that each end inside nine minutes: tests, sanitizer, ops, training, convergence.
+"""What needs a GPU, in stages that each end inside nine minutes: first, second, tests, sanitizer, ops, training,
+convergence.
 
 Each stage ends with a table and leaves DIR/gpu-check-STAGE.json (environment, seconds, exit codes, counts) and the
 output of its steps, DIR/STAGE-STEP.log. The benchmarks' result files go to DIR/<gpu>/, ready to be copied to
-bench/results/. `all` runs the stages in order and stops after red tests. Nothing is fetched from a network.
+bench/results/. `first` is what to run on a GPU that is there for eight minutes, `second` again after a change; `all`
+runs the others in order and stops after red tests. Nothing is fetched from a network.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from bench.gpu_check.stage import RED, ROOT, Stage
 from bench.harness import console, record
 from stvit.backends import build as building
 from stvit.backends import extension
 
 EXAMPLES = """\
 examples:
+  python -m bench.gpu_check first --out runs/gpu-check
+  python -m bench.gpu_check second --out runs/gpu-check -- --ops gelu_depthwise
   python -m bench.gpu_check tests --out runs/gpu-check
   python -m bench.gpu_check all --out runs/gpu-check
   python -m bench.gpu_check convergence --out runs/gpu-check --data photographs    DIR/{train,val}/CLASS/*.jpg
@@ -38,9 +38,6 @@ examples:
 
 exit codes: 0 all passed, 1 something failed or ran out of time, 2 no GPU or a wrong command line
 """
-ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 540.0  # seconds that a stage may take, building included
-GRACE = 20.0  # of these, the seconds between asking a step to stop and killing it
 
 # Folders and files of tests/ that need more than torch, triton, timm, pytest and hypothesis: left out, and named, where
 # it is missing.
@@ -48,142 +45,8 @@ NEEDS = {"train": ("torchvision", "sklearn", "matplotlib", "PIL"), "model/test_v
 ON_CPU_TESTS = ("tests/host/test_conftest.py", "tests/kernels/test_sampling.py", "-k", "test_conftest or 1x7x1x1")
 CHECKS = ("memcheck", "racecheck", "initcheck")
 ON_CPU_CASES = "tiny"
-RED = ("failed", "timed out")
-
-
-class Stage:
-    """One stage while it runs: its clock, its steps and their results."""
-
-    def __init__(self, name: str, out: Path, device: torch.device, extra: Sequence[str] = (), limit: float = LIMIT):
-        self.name, self.out, self.device, self.extra, self.limit = name, out, device, list(extra), limit
-        self.began = time.monotonic()
-        self.rows: list[dict[str, Any]] = []
-        out.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    @property
-    def left(self) -> float:
-        """Seconds that a step may take before it is asked to stop."""
-        return max(0.0, self.limit - GRACE - self.seconds)
-
-    @property
-    def status(self) -> str:
-        states = [row["status"] for row in self.rows]
-        return next((state for state in (*RED, "passed") if state in states), "skipped")
-
-    def skip(self, step: str, why: str) -> None:
-        self.rows.append({"step": step, "status": "skipped", "seconds": 0.0, "exit": None, "note": why})
-
-    def step(
-        self,
-        step: str,
-        command: Sequence[str],
-        counts: Callable[[str], dict[str, Any]] = lambda output: {},
-        environment: dict[str, str] | None = None,
-        share: float = 1.0,
-    ) -> dict[str, Any]:
-        """Runs a command, in a share of the time left, and records it. `counts` reads its output; where the command
-        ended well and in time, a "status" among them is what counts."""
-        log = self.out / f"{self.name}-{step}.log"
-        console.say(f"== {self.name}: {step}: {' '.join(command)}")
-        began = time.monotonic()
-        if self.left > 0:
-            code, in_time = run(command, log, share * self.left, environment or {})
-        else:
-            log.write_text("")
-            code, in_time = None, False
-        output = log.read_text(errors="replace")
-        status = "timed out" if not in_time else "failed" if code else "passed"
-        row = {"step": step, "status": status, "seconds": round(time.monotonic() - began, 1), "exit": code}
-        found = counts(output)
-        if status != "passed":
-            found.pop("status", None)
-            row["tail"] = output[-2000:]
-        self.rows.append({**row, **found, "command": " ".join(command)})
-        return self.rows[-1]
-
-    def finish(self) -> None:
-        """Writes the stage's file and prints its table."""
-        path = self.out / f"gpu-check-{self.name}.json"
-        seconds = round(self.seconds, 1)
-        record.write(path, "gpu_check", self.device, self.rows, stage=self.name, status=self.status, seconds=seconds)
-        hidden = ("step", "status", "seconds", "exit", "tail", "command")
-        cells = [
-            [
-                row["step"],
-                row["status"],
-                f"{row['seconds']:.0f} s",
-                ", ".join(str(value) if name == "note" else f"{value} {name}" for name, value in row.items()
-                          if name not in hidden and value is not None),
-            ]
-            for row in self.rows
-        ]  # fmt: skip
-        where = record.environment(self.device)["name"] or self.device.type
-        title = f"{self.name}: {self.status} in {self.seconds:.0f} s on {where} ({path})"
-        console.table(title, ("step", "status", "time", "counts"), cells, left=4)
-
-
-def run(command: Sequence[str], log: Path, seconds: float, environment: dict[str, str]) -> tuple[int | None, bool]:
-    """(exit code, whether it ended in time). Output goes to the terminal and to `log`.
-
-    The command gets a process group of its own. At the limit the group is asked to stop (SIGINT: pytest prints what
-    it has, a benchmark keeps its rows), and killed GRACE later; what a dead command leaves behind is killed as well.
-    """
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {**inherited, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
-    with log.open("wb") as file:
-        try:
-            child = subprocess.Popen(
-                command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            file.write(f"error: {error}\n".encode())
-            return 127, True
-        assert child.stdout is not None
-        copier = threading.Thread(target=_copy, args=(child.stdout, file), daemon=True)
-        copier.start()
-        in_time = True
-        try:
-            child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            in_time = False
-            _signal(child, signal.SIGINT)
-            try:
-                child.wait(GRACE * 0.75)
-            except subprocess.TimeoutExpired:
-                pass
-        finally:  # also when this program is interrupted
-            _signal(child, signal.SIGKILL)
-            code = child.wait()
-            copier.join(5)
-    return code, in_time
-
-
-def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
-        os.killpg(child.pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass  # the whole group has ended
-
-
-def _copy(source: BinaryIO, log: BinaryIO) -> None:
-    for line in source:
-        try:
-            log.write(line)
-            log.flush()
-        except ValueError:  # the log was closed on a straggler
-            return
-        sys.stdout.write(line.decode(errors="replace"))
-        sys.stdout.flush()
+# API errors off: torch probes for things that a driver may not have, and handles the answer.
+SANITIZER_OPTIONS = ["--target-processes", "application-only", "--report-api-errors", "no", "--print-limit", "50"]
 
 
 def build(stage: Stage) -> None:
@@ -259,16 +122,14 @@ def sanitizer(stage: Stage) -> None:
              "note": "not found on the PATH, in CUDA_HOME/bin or in /usr/local/cuda/bin"}
         )  # fmt: skip
         return
-    # API errors off: torch probes for things that a driver may not have, and handles the answer.
-    options = ["--target-processes", "application-only", "--report-api-errors", "no", "--print-limit", "50"]
     for backend in ran.get("backends", "").split(", "):
-        command = [program, "--tool", "memcheck", *options, *cases, "--plant", backend]
+        command = [program, "--tool", "memcheck", *SANITIZER_OPTIONS, *cases, "--plant", backend]
         planted = stage.step(f"planted-{backend}", command, lambda output: sanitizer_counts(output, ""))
         found = planted.get("errors", 0) > 0
         note = "a planted fault is found" if found else "a planted fault is NOT found"
         planted.update(status="passed" if found else "failed", note=note)
     for place, check in enumerate(CHECKS):
-        command = [program, "--tool", check, *options, *cases]
+        command = [program, "--tool", check, *SANITIZER_OPTIONS, *cases]
         share = 1 / (len(CHECKS) - place)  # a slow tool must not take the time of the next
         stage.step(check, command, lambda output: sanitizer_counts(output, "cases: "), share=share)
 
@@ -337,12 +198,18 @@ STAGES: dict[str, Callable[[Stage], None]] = {
     "training": benchmark,
     "convergence": benchmark,
 }
+SHORT = ("first", "second")  # see bench/gpu_check/first.py
 
 
 def check(name: str, out: Path, device: torch.device, extra: Sequence[str] = ()) -> Stage:
     """Runs one stage, writes its file whatever happens, and returns it."""
     stage = Stage(name, out, device, extra)
     try:
+        if name in SHORT:
+            from bench.gpu_check import first
+
+            getattr(first, name)(stage)
+            return stage
         build(stage)
         if stage.status not in RED:
             STAGES[name](stage)
@@ -352,11 +219,10 @@ def check(name: str, out: Path, device: torch.device, extra: Sequence[str] = ())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_check", description=__doc__, epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("stage", choices=(*STAGES, "all"), metavar="STAGE", help=f"{', '.join(STAGES)}, or all")
+    parser = console.parser("gpu_check", __doc__, EXAMPLES)
+    parser.add_argument(
+        "stage", choices=(*SHORT, *STAGES, "all"), metavar="STAGE", help=f"{', '.join((*SHORT, *STAGES))}, or all"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for reports, logs, result files")
     parser.add_argument("--data", type=Path, metavar="DIR", help="images for convergence, by default the tool's own")
     parser.add_argument("--on-cpu", action="store_true", help="reduced stages on the CPU, to try the program itself")
@@ -364,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     end = given.index("--") if "--" in given else len(given)
     options, own = parser.parse_args(given[:end]), given[end + 1 :]
-    if own and options.stage in ("all", "sanitizer"):
+    if own and options.stage in ("all", "sanitizer", "first"):
         console.usage_error(f"{' '.join(own)}: only a stage of tests or of one benchmark takes flags of its own")
     if options.data is not None and not options.data.is_dir():
         console.usage_error(f"--data: {options.data} is not a folder")
@@ -387,7 +253,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(wanted) > 1:
         console.say(f"red: {', '.join(red)}" if red else "all stages passed")
     return 1 if red else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

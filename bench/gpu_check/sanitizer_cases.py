@@ -55,14 +55,14 @@ class Case(NamedTuple):
 class Family(NamedTuple):
     """The cases of an op; those called "tiny" reach all its kernels.
 
-    inputs: from what draws a tensor of a shape, tensors and whether each is differentiated, x first.
-    call: the output (B, C, H, W) from these tensors, the case's settings and a backend.
+    call: the output (B, C, H, W) from x, the tensors of `others`, the case's settings and a backend.
+    others: the shapes of tensors beside x, from its shape, and whether each is differentiated.
     backends: those with kernels of their own for it.
     """
 
     cases: Sequence[Case]
-    inputs: Callable[[Case, Callable[..., Tensor]], list[tuple[Tensor, bool]]]
     call: Callable[..., Tensor]
+    others: Callable[[tuple[int, int, int, int]], list[tuple[tuple[int, ...], bool]]] = lambda shape: []
     backends: Sequence[str] = ("triton",)
 
 
@@ -136,34 +136,22 @@ def attend(x: Tensor, backend: str, residual: torch.dtype | None = None, **setti
     return stvit.token_upsampling(stokens * 2, association, backend=backend, residual=added)
 
 
-def of_pixels(case: Case, draw: Callable[..., Tensor]) -> list[tuple[Tensor, bool]]:
-    return [(draw(*case.shape), True)]
-
-
-def of_depthwise(case: Case, draw: Callable[..., Tensor]) -> list[tuple[Tensor, bool]]:
-    channels = case.shape[1]
-    return [(draw(*case.shape), True), (draw(channels, 1, 3, 3), True), (draw(channels), True)]
-
-
-def of_norm(case: Case, draw: Callable[..., Tensor]) -> list[tuple[Tensor, bool]]:
-    return [(draw(*case.shape), True), (draw(case.shape[1]), True), (draw(case.shape[1]), True)]
-
-
-def of_branch(case: Case, draw: Callable[..., Tensor]) -> list[tuple[Tensor, bool]]:
-    """x, y, LayerScale, and drop-path's factors, which are no variables."""
-    batch, channels = case.shape[:2]
-    return [(draw(*case.shape), True), (draw(*case.shape), True), (draw(channels), True), (draw(batch), False)]
-
-
 FAMILIES = {
-    "attention": Family(attention_cases(), of_pixels, attend, ("triton", "cuda")),
-    "walks": Family(walk_cases(), of_pixels, attend, ("cuda",)),
+    "attention": Family(attention_cases(), attend, backends=("triton", "cuda")),
+    "walks": Family(walk_cases(), attend, backends=("cuda",)),
     "residual_depthwise": Family(
-        [*pixel_cases(gelu=False), *pixel_cases(gelu=True)], of_depthwise, functional.residual_depthwise
+        [*pixel_cases(gelu=False), *pixel_cases(gelu=True)], functional.residual_depthwise,
+        lambda shape: [((shape[1], 1, 3, 3), True), ((shape[1],), True)],
     ),
-    "channel_layer_norm": Family(pixel_cases(), of_norm, functional.channel_layer_norm),
-    "residual_branch": Family(pixel_cases(), of_branch, functional.residual_branch),
-}
+    "channel_layer_norm": Family(
+        pixel_cases(), functional.channel_layer_norm, lambda shape: [((shape[1],), True), ((shape[1],), True)]
+    ),
+    # y, LayerScale, and drop-path's factors, which are no variables.
+    "residual_branch": Family(
+        pixel_cases(), functional.residual_branch,
+        lambda shape: [(shape, True), ((shape[1],), True), ((shape[0],), False)],
+    ),
+}  # fmt: skip
 
 
 def run(family: Family, case: Case, device: torch.device, backend: str) -> None:
@@ -174,7 +162,8 @@ def run(family: Family, case: Case, device: torch.device, backend: str) -> None:
         x = torch.randn(shape, generator=generator).to(case.dtype)
         return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 and case.channels_last else x
 
-    inputs, grad = family.inputs(case, draw), draw(*case.shape)
+    inputs = [(draw(*shape), wanted) for shape, wanted in [(case.shape, True), *family.others(case.shape)]]
+    grad = draw(*case.shape)
 
     def results(device: str | torch.device, dtype: torch.dtype, backend: str) -> list[Tensor]:
         leaves = [x.to(device, dtype, copy=True).requires_grad_(wanted) for x, wanted in inputs]
@@ -219,8 +208,8 @@ def able(device: torch.device) -> list[str]:
     return found
 
 
-def run_part(device: torch.device, backends: Sequence[str], word: str, part: int, parts: int) -> tuple[int, int]:
-    """(cases that ran, of these failed), of every parts-th case from `part` on whose line holds `word`."""
+def run_part(device: torch.device, backends: Sequence[str], word: str, part: int, parts: int) -> list[bool]:
+    """Whether each case passed, of every parts-th case from `part` on whose line holds `word`."""
     every = [
         (backend, name, case)
         for backend in backends
@@ -228,34 +217,33 @@ def run_part(device: torch.device, backends: Sequence[str], word: str, part: int
         if backend in family.backends
         for case in family.cases
     ]
-    ran = failed = 0
+    passed = []
     for backend, name, case in every[part::parts]:
         line = f"{backend} {name} {case}"
         garbage = backend == "triton" and case.dtype == BRAIN and device.type == "cpu"  # the interpreter's bfloat16
         if garbage or word not in line:
             continue
-        ran += 1
         try:
             run(FAMILIES[name], case, device, backend)
             print(f"ok     {line}", flush=True)
+            passed.append(True)
         except Exception as error:
-            failed += 1
             traceback.print_exc()
             print(f"FAILED {line}: {error}", flush=True)
-    return ran, failed
+            passed.append(False)
+    return passed
 
 
 def run_all(device: torch.device, word: str, processes: int) -> int:
     backends = able(device)
     if processes == 1:
-        counts = [run_part(device, backends, word, 0, 1)]
+        passed = run_part(device, backends, word, 0, 1)
     else:
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             parts = [pool.submit(run_part, device, backends, word, part, processes) for part in range(processes)]
-            counts = [part.result() for part in parts]
-    ran, failed = (sum(count) for count in zip(*counts, strict=True))
-    print(f"cases: {ran} ran, {failed} failed, backends: {', '.join(backends) or 'none'}")
-    return 1 if failed else 0 if ran else 2
+            passed = [case for part in parts for case in part.result()]
+    print(f"cases: {len(passed)} ran, {passed.count(False)} failed, backends: {', '.join(backends) or 'none'}")
+    return 1 if False in passed else 0 if passed else 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

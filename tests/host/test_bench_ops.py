@@ -112,6 +112,14 @@ def test_low_precision(options: list[str], tmp_path: Path) -> None:
     assert all(0 < row["gate"]["worst"] < 3 for row in rows)
 
 
+def test_the_gate_alone_times_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "ops.json"
+    assert ops.main([*SMALL, "--ops", "core", "--contenders", "reference", "--gate", "--out", str(out)]) == 0
+    rows = rows_of(out).values()
+    assert len(rows) == 4 and {row["status"] for row in rows} == {"gate only"}
+    assert all(row["gate"]["passed"] and "median_ms" not in row for row in rows)
+
+
 def test_compiled_contenders(tmp_path: Path) -> None:
     out = tmp_path / "ops.json"
     names = "authors compiled,reference compiled,authors"

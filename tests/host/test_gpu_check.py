@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench.gpu_check import first, sanitizer_cases
 from bench.gpu_check import run as gpu_check
-from bench.gpu_check import sanitizer_cases
+from bench.gpu_check import stage as stages
 from bench.gpu_check.run import Stage, pytest_counts, sanitizer_counts
 from bench.report import run as plot
 from stvit.backends import explain, extension, registry
@@ -21,6 +22,13 @@ from tests.support import emulated
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_driver_asked(monkeypatch):
+    """A stage writes its report after each step, here also one that claims to be on a GPU."""
+    monkeypatch.setattr(stages.record, "environment", lambda device: {"device": device.type, "name": "a stand-in"})
+
 
 CLEAN = "========= COMPUTE-SANITIZER\nok     a case\ncases: 3 ran, 0 failed, backends: triton\n"
 CLEAN_RACES = CLEAN + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
@@ -86,7 +94,7 @@ def is_running(process: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes in /proc")
 def test_a_step_out_of_time_is_stopped_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "GRACE", 1.0)
+    monkeypatch.setattr(stages, "GRACE", 1.0)
     program = tmp_path / "deaf.py"
     program.write_text(
         "import signal, subprocess, sys, time\n"
@@ -112,7 +120,7 @@ def test_a_step_out_of_time_is_stopped_with_its_children(tmp_path, monkeypatch):
 
 
 def test_a_step_is_asked_to_stop_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "GRACE", 4.0)
+    monkeypatch.setattr(stages, "GRACE", 4.0)
     program = (
         "import signal, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job inherits it ignored
@@ -303,6 +311,39 @@ def test_a_stage_that_raises_leaves_its_report(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="bug"):
         gpu_check.check("ops", tmp_path, CPU)
     assert json.loads((tmp_path / "gpu-check-ops.json").read_text())["rows"][-1]["step"] == "first"
+
+
+def test_no_part_of_the_first_stage_stops_the_rest(tmp_path, monkeypatch):
+    """Numbers hang, models fail; every part ends within its time and the file tells of each."""
+    assert sum(first.SECONDS.values()) <= first.LIMIT - stages.GRACE
+    body = 'case "$*" in *--gate*) sleep 60;; *bench.training*) exit 1;; esac\n'
+    monkeypatch.setattr(gpu_check.sys, "executable", executable(tmp_path / "python", body))
+    monkeypatch.setattr(first, "SECONDS", {**first.SECONDS, "numbers": 0.5})
+    monkeypatch.setattr(stages, "GRACE", 1.0)
+    stage = Stage("first", tmp_path / "out", CPU)
+    first.first(stage)
+    states = [
+        (row["step"], row["status"]) for row in json.loads((tmp_path / "out/gpu-check-first.json").read_text())["rows"]
+    ]
+    assert states == [
+        ("numbers", "timed out"),
+        ("ops", "passed"),
+        ("models", "failed"),
+        ("extension", "skipped"),
+        ("costs", "passed"),
+        ("kernels", "passed"),
+        ("memcheck", "passed"),
+        ("racecheck", "skipped"),
+    ]
+
+
+def test_a_background_step_ends_with_its_stage(tmp_path):
+    stage = Stage("first", tmp_path, CPU)
+    background = stages.Background(
+        stage, "build", [sys.executable, "-c", "import time; print('begun'); time.sleep(600)"]
+    )
+    row = background.end(0.2)
+    assert row["status"] == "timed out" and background.child.poll() is not None
 
 
 def test_wrong_command_lines(run_python, tmp_path):
