@@ -61,7 +61,7 @@ def test_end_to_end(run_python, tmp_path):
         assert sum(row["categories"].values()) == pytest.approx(row["busy_ms"])
         assert sum(row["parts"].values()) == pytest.approx(row["busy_ms"])
         norms = {"norms"} if row["contender"] != "ours-optimized" else set()  # see the test's name
-        assert {"super token ops", "depthwise", "1x1 products", "convolutions"} | norms <= set(row["categories"])
+        assert {"super token ops", "depthwise", "1x1 products", "other convolutions"} | norms <= set(row["categories"])
         assert ("optimiser" in row["categories"]) == (row["mode"] == "train")
         assert "stage 1 super token attention" in row["parts"] and "stage 3 super token attention" not in row["parts"]
         # The backward is given to the part whose forward it belongs to.
