@@ -1,5 +1,7 @@
 """Super Token Vision Transformers (Huang et al., CVPR 2023) with fused kernels and a plain PyTorch reference."""
 
+import logging as _logging
+import sys as _sys
 from pathlib import Path as _Path
 
 # A wheel holds stvit/kernels; in a checkout the kernels lie at the top level, one folder up.
@@ -15,7 +17,6 @@ from .model import STViT, stvit_base, stvit_large, stvit_small, stvit_tiny
 from .modules import StokenAttention
 from .swap.accelerate import Report, accelerate, accelerate_report, restore
 from .swap.folding import optimize_for_inference
-from .timm_models import register as _register
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,4 +43,8 @@ __all__ = [
     "use_backend",
 ]
 
-_register()
+if _sys.modules.get("timm") is not None:  # else `import stvit.timm_models` registers the models: it imports timm
+    try:
+        from . import timm_models as timm_models
+    except ImportError as _error:  # a timm too old must not keep stvit from being imported
+        _logging.getLogger("stvit").warning("the models are not registered with timm: %s", _error)

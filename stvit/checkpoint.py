@@ -18,8 +18,10 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .model import STViT
 
 SHOWN = 3  # differing keys named of each kind
 PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.compile put before every name
@@ -63,28 +65,45 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return contents
 
 
-def load_checkpoint(model: Model, path: str | os.PathLike[str], *, use_ema: bool = False) -> Model:
+def load_checkpoint(
+    model: Model, path: str | os.PathLike[str], *, use_ema: bool = False, head: str = "strict"
+) -> Model:
     """Loads the weights of a published file, or of one of ours, into `model` and returns it.
 
     Args:
-        model: any module; wrapped in DistributedDataParallel or torch.compile is fine.
+        model: any module; wrapped in DistributedDataParallel or torch.compile is fine. A backbone, which is what
+            `timm.create_model(..., features_only=True)` returns, takes from the file what it has.
         path: .pth (a state dict, or a dict that holds one under "model", with or without the prefix that
             DistributedDataParallel adds) or .safetensors.
         use_ema: take the averaged weights, under "model_ema", instead.
+        head: "strict", or "skip" to leave the classifier `head` as it is: for another number of classes.
 
     Raises CheckpointError (a ValueError) that names the file and what is wrong: unreadable, foreign, or the first
     keys that are missing, unexpected or of another shape. The model is then as it was before.
     """
-    return load_contents(model, read_checkpoint(path), path, use_ema=use_ema)
+    return load_contents(model, read_checkpoint(path), path, use_ema=use_ema, head=head)
 
 
 def load_contents(
-    model: Model, contents: dict[str, Any], path: str | os.PathLike[str], *, use_ema: bool = False
+    model: Model,
+    contents: dict[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    use_ema: bool = False,
+    head: str = "strict",
 ) -> Model:
     """`load_checkpoint` for a file that `read_checkpoint` has read; `path` only names it in errors."""
+    if head not in ("strict", "skip"):
+        raise ValueError(f"head: expected 'strict' or 'skip', got {head!r}")
     weights = _state_dict(contents, Path(path), "model_ema" if use_ema else "model")
     bare = _unwrapped(model)
-    difference = _difference(bare.state_dict(), weights)
+    own = bare.state_dict()
+    pruned = getattr(bare, "pruned", ())  # of a backbone
+    weights = {key: value for key, value in weights.items() if key in own or not key.startswith(tuple(pruned))}
+    if head == "skip":
+        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+        weights |= {key: value for key, value in own.items() if key.startswith("head.")}
+    difference = _difference(own, weights)
     if difference:
         raise CheckpointError(f"{path}: doesn't fit {type(bare).__name__}: {difference}")
     bare.load_state_dict(weights, strict=True)
@@ -94,12 +113,16 @@ def load_contents(
 def save_checkpoint(path: str | os.PathLike[str], **contents: Any) -> None:
     """Writes {name: value, ...} as a .pth file that `read_checkpoint` reads, e.g. model=model.state_dict(), epoch=3.
 
+    A path that ends in .safetensors gets a safetensors file, which holds one state dict, model=..., and nothing else.
+
     The file appears whole or not at all: it is written beside its place and moved there. Raises TypeError when a
-    value is of a class that could not be read back without running code (pathlib.Path, ...), OSError naming `path` when
-    it can't be written, such as on a full disk.
+    value is of a class that could not be read back without running code (pathlib.Path, ...), or that a .safetensors
+    file can't hold; OSError naming `path` when it can't be written, such as on a full disk.
     """
     path = Path(path)
     with whole_file(path) as partial:
+        if path.suffix == ".safetensors":
+            return _save_tensors(contents, partial)
         with open(partial, "wb") as file:
             _save(contents, file)
         with torch.serialization.safe_globals(READABLE):
@@ -156,6 +179,15 @@ def _save(contents: dict[str, Any], file: IO[bytes]) -> None:
         raise
 
 
+def _save_tensors(contents: dict[str, Any], path: Path) -> None:
+    weights = contents.get("model")
+    plain = isinstance(weights, Mapping) and all(isinstance(value, Tensor) for value in weights.values())
+    if set(contents) != {"model"} or not plain:
+        found = ", ".join(f"{key}={type(value).__name__}" for key, value in contents.items()) or "nothing"
+        raise TypeError(f"contents: a .safetensors file holds one state dict of tensors, model=...; got {found}")
+    save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata={"format": "pt"})
+
+
 def _why_unreadable(error: Exception) -> str:
     """One line in place of PyTorch's page, which advises to load the file unsafely."""
     foreign_class = re.search(r"GLOBAL (\S+)", str(error))
@@ -190,8 +222,10 @@ def without_prefixes(weights: Mapping[str, Any]) -> dict[str, Any]:
 def _unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return _unwrapped(model.module)
-    compiled = getattr(model, "_orig_mod", None)
-    return model if compiled is None else _unwrapped(compiled)
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(getattr(model, "model", None), STViT):  # timm's backbones
+        inner = model.model
+    return model if inner is None else _unwrapped(inner)
 
 
 def _difference(own: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str:

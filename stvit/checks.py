@@ -48,6 +48,13 @@ def check_pixels(x: Any, name: str = "x") -> None:
         raise ValueError(f"{name}: expected at least one channel, row and column, got shape {tuple(x.shape)}")
 
 
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raises TypeError or ValueError unless x is what a model with this number of input channels takes."""
+    check_pixels(x)
+    if x.shape[1] != in_chans:
+        raise ValueError(f"x: expected {in_chans} channels (in_chans), got shape {tuple(x.shape)}")
+
+
 def check_sampling(x: Any, stoken_size: Any, n_iter: Any, scale: Any) -> tuple[tuple[int, int], int, float]:
     """The checked (stoken_size, n_iter, scale) of super_token_sampling; ``scale=None`` is C ** -0.5."""
     check_pixels(x)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .checks import check_pixels
+from .checks import check_images
 from .modules import SuperTokenBlock
 from .tensors import laid_out
 
@@ -64,7 +64,7 @@ class Downsample(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution and what leads to the next: returns (this stage's feature map, the next one's input)."""
+    """Blocks at one resolution, and what leads to the next, which the model calls: returns this stage's feature map."""
 
     def __init__(self, blocks: Sequence[SuperTokenBlock], downsample: Downsample | None) -> None:
         super().__init__()
@@ -72,10 +72,10 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.grad_checkpointing = False
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = _recomputed(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
-        return x, x if self.downsample is None else self.downsample(x)
+        return x
 
 
 def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
@@ -103,6 +103,22 @@ def _statistics_held(block: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
+def _average(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def _maximum(x: Tensor) -> Tensor:
+    return F.adaptive_max_pool2d(x, 1).flatten(1)
+
+
+def _both(x: Tensor) -> Tensor:
+    return 0.5 * (_average(x) + _maximum(x))
+
+
+# (B, C, h, w) -> (B, C), under timm's names; "" leaves the features as they are.
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {"avg": _average, "max": _maximum, "avgmax": _both}
+
+
 class STViT(nn.Module):
     """Super Token Vision Transformer (paper, section 3.1 and table 1).
 
@@ -117,9 +133,10 @@ class STViT(nn.Module):
         drop_rate: dropout after the patch embedding, of the refinement's projection and in the MLP.
         attn_drop_rate: dropout of attention weights. drop_path_rate: stochastic depth of the last block; it grows
             linearly from 0 at the first.
-        global_pool: "avg", or "" to leave features unpooled (only with num_classes=0).
+        global_pool: "avg", "max", "avgmax" (their mean), or "" to leave features unpooled (only with num_classes=0).
         backend: "auto", "triton", "cuda" or "reference".
         association_grad: False (as the authors train) holds the association constant in the backward.
+        device, dtype: of the parameters and buffers; None for PyTorch's defaults.
 
     Shape: (B, in_chans, H, W) -> (B, num_classes), any H and W, in float16, bfloat16, float32 or float64, in either
     memory format; everything inside runs in channels_last, images in the other format are converted once.
@@ -154,6 +171,8 @@ class STViT(nn.Module):
         global_pool: str = "avg",
         backend: str = "auto",
         association_grad: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         per_stage = {
@@ -165,9 +184,12 @@ class STViT(nn.Module):
                 raise ValueError(f"{name}: expected {len(depths)} values, one a stage, got {values!r}")
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = projection or embed_dim[-1]
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}"} for i, dim in enumerate(embed_dim)
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"layers.{i}.blocks.{depths[i] - 1}"}
+            for i, dim in enumerate(embed_dim)
         ]
+        self.feature_info[-1]["num_chs_norm"] = self.num_features
+        self.pruned: tuple[str, ...] = ()  # prefixes of what prune_intermediate_layers took away
         self.patch_embed = PatchEmbed(in_chans, embed_dim[0])
         self.pos_drop = nn.Dropout(drop_rate)
         # On the CPU whatever the default device is, and rounded to float32 as the authors' schedule is.
@@ -200,13 +222,13 @@ class STViT(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(self.num_features)
         self.reset_classifier(num_classes, global_pool)
         # The format of everything inside; images are converted once.
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the head by a fresh one (0 classes: none) and, if named, the pooling: "avg" or ""."""
+        """Replaces the head by a fresh one (0 classes: none) and, if named, the pooling."""
         pool = self.global_pool if global_pool is None else global_pool
-        if pool not in ("avg", ""):
-            raise ValueError(f"global_pool: expected 'avg' or '', got {pool!r}")
+        if pool not in (*POOLS, ""):
+            raise ValueError(f"global_pool: expected {', '.join(map(repr, POOLS))} or '', got {pool!r}")
         if num_classes < 0 or (num_classes > 0 and not pool):
             raise ValueError(f"num_classes: expected 0 or more, and 0 with global_pool='', got {num_classes}")
         self.num_classes, self.global_pool = num_classes, pool
@@ -241,30 +263,95 @@ class STViT(nn.Module):
         ]
         return {"stem": r"^patch_embed", "blocks": blocks}
 
-    def forward_stages(self, x: Tensor) -> list[Tensor]:
-        """The feature maps of the stages, for use as a backbone: (B, embed_dim[i], H / 4 / 2**i, W / 4 / 2**i)."""
-        check_pixels(x)
-        if x.shape[1] != self.in_chans:
-            raise ValueError(f"x: expected {self.in_chans} channels (in_chans), got shape {tuple(x.shape)}")
+    def forward_stages(self, x: Tensor, stages: int | None = None) -> list[Tensor]:
+        """The feature maps of all stages, or the first few: (B, embed_dim[i], H / 4 / 2**i, W / 4 / 2**i)."""
+        check_images(x, self.in_chans)
         x = self.pos_drop(self.patch_embed(laid_out(x, True)))
-        maps = []
-        for stage in self.layers:
-            features, x = stage(x)
-            maps.append(features)
+        maps: list[Tensor] = []
+        downsample: Any = None
+        for stage in list(self.layers)[:stages]:
+            x = stage(x if downsample is None else downsample(x))
+            downsample = stage.downsample
+            maps.append(x)
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Features before pooling: (B, in_chans, H, W) -> (B, num_features, H / 32, W / 32)."""
-        return F.silu(self.norm(self.proj(self.forward_stages(x)[-1])))
+        return self._finish(self.forward_stages(x)[-1])
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return F.silu(self.norm(self.proj(x)))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's way to feature maps: (what `forward_features` returns, [maps]), or the maps alone.
+
+        Args:
+            indices: which stages, negative ones counted from the end; an int for the last so many, None for all.
+            norm: pass the last stage's map through the projection and norm before the head.
+            stop_early: run no stage behind the last one wanted (with `intermediates_only`).
+            output_fmt: "NCHW" alone.
+
+        Raises IndexError for a stage that there isn't, ValueError for another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: expected 'NCHW', got {output_fmt!r}")
+        last = len(self.layers) - 1
+        wanted = _stage_indices(indices, len(self.layers))
+        early = stop_early and intermediates_only
+        maps = self.forward_stages(x, max(wanted, default=-1) + 1 if early else None)
+        finished = self._finish(maps[-1]) if len(maps) == last + 1 and (norm or not intermediates_only) else None
+        chosen = [finished if norm and index == last else maps[index] for index in wanted]
+        return chosen if intermediates_only else (finished, chosen)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Takes away what the stages `indices` don't need, for use as a backbone; returns them as plain indices.
+
+        Without it DistributedDataParallel would wait for gradients that never come. Raises IndexError as above.
+        """
+        wanted = _stage_indices(indices, len(self.layers))
+        end = max(wanted, default=-1) + 1
+        self.pruned += tuple(f"layers.{index}." for index in range(end, len(self.layers)))
+        self.layers = self.layers[:end]
+        if end:
+            self.layers[-1].downsample = None
+            self.pruned += (f"layers.{end - 1}.downsample.",)
+        if prune_norm:
+            self.proj = self.norm = nn.Identity()
+            self.pruned += ("proj.", "norm.")
+        if prune_head:
+            self.reset_classifier(0, "")
+            self.pruned += ("head.",)
+        return wanted
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools features and classifies them: (B, num_features, h, w) -> (B, num_classes), or pooled if pre_logits."""
         if self.global_pool:
-            x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+            x = POOLS[self.global_pool](x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:
+    """0 <= index < stages of the chosen stages: the last so many of an int, all of None; IndexError otherwise."""
+    if isinstance(indices, int) and not 0 < indices <= stages:
+        raise IndexError(f"out_indices: expected the last 1 to {stages} stages, got {indices}")
+    if indices is None or isinstance(indices, int):
+        return list(range(stages - (stages if indices is None else indices), stages))
+    if not all(-stages <= index < stages for index in indices):
+        raise IndexError(f"out_indices: expected stages from {-stages} to {stages - 1}, got {tuple(indices)}")
+    return [index % stages for index in indices]
 
 
 def stvit_tiny(**options: Any) -> STViT:

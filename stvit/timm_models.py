@@ -1,135 +1,107 @@
-"""The models in timm's registry, so that ``timm.create_model("stvit_small")`` works after ``import stvit``.
+"""The models in timm's registry: ``import stvit.timm_models``, then ``timm.create_model("stvit_small")``.
 
-stvit doesn't import timm. Where timm is already there the models are registered at once; otherwise a hook registers
-them right after timm's own import, whenever that comes.
+This module imports timm, which ``import stvit`` must not. Where timm is imported already, ``import stvit`` imports this
+module too. timm's own scripts, unmodified, find the models through ``python -m stvit.timm_models SCRIPT ARGUMENTS``.
 """
 
 from __future__ import annotations
 
-import logging
+import argparse
+import runpy
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_act_layer
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    is_model,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
+from torch import nn
 
+from .checks import check_images
 from .model import CONFIGS, STViT
+from .modules import SuperTokenBlock
 
 # timm's register_model looks for both in the module that defines an entry point.
-__all__: list[str] = []
-default_cfgs: dict[str, Any] = {}
-
-logger = logging.getLogger("stvit")
+__all__: list[str] = ["main", "register"]
+CONFIG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "patch_embed.proj.0",
+    "classifier": "head",
+    "license": "mit",
+    "paper_ids": "arXiv:2211.11167",
+}
+default_cfgs: dict[str, Any] = generate_default_cfgs(dict.fromkeys(CONFIGS, CONFIG))
 
 
 def register() -> None:
-    """Registers the models with timm now, or as soon as timm is imported."""
-    if sys.modules.get("timm") is not None:
-        _register_now()
-    elif not any(isinstance(finder, _AfterTimm) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterTimm())
-
-
-class _AfterTimm(MetaPathFinder):
-    """Finds timm as the other finders do, and has its loader register the models after it has run."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != "timm":
-            return None
-        finders = iter(sys.meta_path)
-        any(finder is self for finder in finders)  # on to those behind: another hook of this kind may be in front
-        for finder in finders:
-            find = getattr(finder, "find_spec", None)
-            spec = find and find(fullname, path, target)
-            if spec:
-                if hasattr(spec.loader, "exec_module"):
-                    self._extend(spec)
-                return spec
-        return None
-
-    def _extend(self, spec: ModuleSpec) -> None:
-        # Only this one loader object is touched. The hook stays until timm has really been imported: many packages
-        # call find_spec to see whether timm is installed.
-        loader: Any = spec.loader
-        run = loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-                _register_now()
-
-        loader.exec_module = exec_module
-
-
-def _register_now() -> None:
-    try:
-        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-        from timm.models import generate_default_cfgs, is_model, register_model
-    except ImportError as error:  # a timm too old: importing it must not fail because of stvit
-        logger.warning("the models are not registered with timm: %s", error)
-        return
-    if is_model("stvit_small"):
-        return
-    cfg = {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj.0",
-        "classifier": "head",
-        "license": "mit",
-        "paper_ids": "arXiv:2211.11167",
-    }
-    default_cfgs.update(generate_default_cfgs(dict.fromkeys(CONFIGS, cfg)))
+    """Registers the models with timm; done when this module is imported, and harmless when done again."""
+    register_notrace_module(SuperTokenBlock)  # feature_cls="fx" takes a block as one step,
+    register_notrace_function(check_images)  # and can't know the shapes that are checked
     for name in CONFIGS:
-        register_model(_entry_point(name))
+        if not is_model(name):
+            register_model(_entry_point(name))
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
-        from timm.models import build_model_with_cfg
-
-        if pretrained:
+        options = {**CONFIGS[name], **options}
+        size = options.pop("img_size", None)
+        if isinstance(options.get("act_layer"), str):
+            options["act_layer"] = get_act_layer(options["act_layer"])
+        stages = tuple(range(len(options["depths"])))
+        feature_cfg = {"out_indices": stages, "feature_cls": "getter"}
+        try:
+            model = build_model_with_cfg(STViT, name, pretrained, feature_cfg=feature_cfg, **options)
+        except RuntimeError as error:
+            if "No pretrained weights exist" not in str(error):
+                raise
             raise ValueError(
-                f"pretrained: no weights of {name} can be downloaded; create the model without and load the authors' "
-                "file with stvit.load_checkpoint(model, path)"
-            )
-        feature_cfg = {"out_indices": tuple(range(len(CONFIGS[name]["depths"]))), "feature_cls": StageFeatures}
-        return build_model_with_cfg(STViT, name, False, feature_cfg=feature_cfg, **{**CONFIGS[name], **options})
+                f"pretrained: no weights of {name} can be downloaded; name a file, "
+                "pretrained_cfg_overlay=dict(file=path), or create the model without and load the authors' file with "
+                "stvit.load_checkpoint(model, path)"
+            ) from error
+        if size is not None:  # the model takes every size; this is the one that timm's data configuration asks for
+            height, width = (size, size) if isinstance(size, int) else size
+            model.pretrained_cfg["input_size"] = (model.pretrained_cfg["input_size"][0], height, width)
+        return model
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"{name}; takes the arguments of stvit.STViT."
+    create.__module__ = "stvit.timm_models"
+    create.__doc__ = f"{name}; takes the arguments of stvit.STViT, and img_size as timm's data configuration wants it."
     return create
 
 
-class StageFeatures(nn.Module):
-    """What ``timm.create_model(..., features_only=True)`` returns: images -> the feature maps of chosen stages."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a Python script, such as timm's validate.py, with the models registered."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stvit.timm_models",
+        description="Run one of timm's scripts, unmodified, with the models of this package registered.",
+        epilog="example: python -m stvit.timm_models validate.py --model stvit_small --checkpoint small.pth /imagenet",
+    )
+    parser.add_argument("script", help="the script's path, such as train.py, validate.py or benchmark.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the script")
+    args = parser.parse_args(argv)
+    sys.argv = [args.script, *args.arguments]
+    runpy.run_path(args.script, run_name="__main__")
 
-    def __init__(self, model: STViT, out_indices: int | Sequence[int]) -> None:
-        from timm.models import FeatureInfo
 
-        super().__init__()
-        stages = len(model.feature_info)
-        wanted = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices
-        self.out_indices = [index % stages for index in wanted]
-        self.feature_info = FeatureInfo(model.feature_info, self.out_indices)
-        model.reset_classifier(0, "")
-        model.proj = model.norm = nn.Identity()  # unused here; DistributedDataParallel wants every parameter used
-        self.model = model
+if __name__ == "__main__":
+    from stvit.timm_models import main as run  # the module proper, which registers; this one is its copy
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.model.set_grad_checkpointing(enable)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.model.forward_stages(x)
-        return [maps[index] for index in self.out_indices]
+    run()
+else:
+    register()

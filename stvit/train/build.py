@@ -16,6 +16,7 @@ from timm.scheduler import create_scheduler
 from torch import nn
 
 import stvit
+import stvit.timm_models  # registers the models that `timm.create_model` is asked for
 from stvit.backends import dispatch
 from stvit.model import CONFIGS
 from stvit.train.distributed import Process

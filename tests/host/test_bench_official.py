@@ -72,7 +72,7 @@ def test_imports_without_any_of_the_dependencies(checkout: Path, bare: None) -> 
 
 def test_timm_registry_keeps_our_models(checkout: Path) -> None:
     timm = pytest.importorskip("timm")
-    import stvit  # noqa: F401  (registers its models)
+    import stvit.timm_models  # noqa: F401  (registers its models)
 
     official.build(official.load(checkout), "stvit_small")
     assert timm.models.model_entrypoint("stvit_small").__module__ == "stvit.timm_models"

@@ -295,3 +295,30 @@ def test_saving_refuses_what_could_not_be_read_back(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"contents: expected .*pathlib"):
         stvit.save_checkpoint(tmp_path / "file.pth", output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_safetensors_are_written_as_such(tmp_path: Path) -> None:
+    model = stvit.stvit_tiny(num_classes=3)
+    path = tmp_path / "weights.safetensors"
+    stvit.save_checkpoint(path, model=model.state_dict())
+    other = stvit.load_checkpoint(stvit.stvit_tiny(num_classes=3), path)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    for contents in ({}, {"model": model.state_dict(), "epoch": 3}, {"model": {"epoch": 3}}, {"epoch": 3}):
+        with pytest.raises(TypeError, match="safetensors file holds one state dict"):
+            stvit.save_checkpoint(tmp_path / "refused.safetensors", **contents)
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_another_number_of_classes(tmp_path: Path) -> None:
+    model, path = stvit.stvit_tiny(num_classes=3), tmp_path / "weights.pth"
+    stvit.save_checkpoint(path, model=model.state_dict())
+    for classes in (5, 0):
+        other = stvit.stvit_tiny(num_classes=classes)
+        head = [p.clone() for p in other.head.parameters()]
+        with pytest.raises(stvit.CheckpointError, match="head"):
+            stvit.load_checkpoint(other, path)
+        stvit.load_checkpoint(other, path, head="skip")
+        assert torch.equal(other.patch_embed.proj[0].weight, model.patch_embed.proj[0].weight)
+        assert all(torch.equal(a, b) for a, b in zip(head, other.head.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"^head: expected 'strict' or 'skip'"):
+        stvit.load_checkpoint(model, path, head="maybe")
