@@ -150,8 +150,17 @@ class Attention(nn.Module):
         y = _in_format_of(x, y.transpose(1, 2).unflatten(2, x.shape[2:]))
         return self.proj_drop(self.proj(y))
 
+    def weights(self, x: Tensor) -> Tensor:
+        """How much each position attends to each other: (B, C, H, W) -> (B, heads, N, N), N = H * W, for looking at."""
+        q, k, _ = self._heads(self.qkv(x).flatten(2).transpose(1, 2))
+        return (q @ k.transpose(2, 3) * self.scale).softmax(-1)
+
+    def _heads(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Views q, k, v of the one product, each (B, heads, N, head_dim)."""
+        return tuple(part.transpose(1, 2) for part in tokens.unflatten(2, (self.num_heads, 3, -1)).unbind(3))
+
     def _explicit(self, tokens: Tensor) -> Tensor:
-        q, k, v = (part.transpose(1, 2) for part in tokens.unflatten(2, (self.num_heads, 3, -1)).unbind(3))
+        q, k, v = self._heads(tokens)
         weights = self.attn_drop((q @ k.transpose(2, 3) * self.scale).softmax(-1))
         y = v.transpose(2, 3) @ weights.transpose(2, 3)  # (B, heads, head_dim, N): the way NCHW wants it
         return y.flatten(1, 2).transpose(1, 2)

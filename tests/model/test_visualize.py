@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 import stvit
-from stvit.visualize import borders, main, mean_colours, owners, super_tokens
+from stvit.visualize import borders, figure, main, mean_colours, owners, super_tokens
 
 
 def test_owners_by_loops():
@@ -90,3 +90,53 @@ def test_errors(tmp_path, capsys):
         assert main(arguments) == 2
         error = capsys.readouterr().err.strip()
         assert len(error.splitlines()) == 1 and expected in error, error
+
+
+def test_membership_and_attention_of_one_super_token():
+    """Membership is what upsampling would give the super token's own indicator; attention's rows sum to 1."""
+    block = super_tokens(stvit.stvit_tiny(num_classes=2), torch.randn(3, 64, 96))[0]
+    token = block.token_at((0.9, 0.5))
+    assert token == block.owner[14, 12]
+    indicator = torch.zeros(1, 1, 2, 3)
+    indicator.view(-1)[token] = 1.0
+    expected = stvit.token_upsampling(indicator, block.association, backend="reference")[0, 0]
+    torch.testing.assert_close(block.membership(token), expected)
+    assert block.membership(token).sum() > 0
+    torch.testing.assert_close(block.attention.sum(1), torch.ones(6))
+
+
+def test_attention_weights_are_those_that_attention_uses():
+    attention = stvit.StokenAttention(8, 1, num_heads=2, backend="reference").stoken_refine
+    x = torch.randn(1, 8, 3, 4)
+    weights = attention.weights(x)
+    assert weights.shape == (1, 2, 12, 12)
+    v = attention.qkv(x).reshape(1, 2, 3, 4, 12)[:, :, 2]  # heads, then q, k, v
+    y = (v @ weights.transpose(2, 3)).reshape(1, 8, 3, 4)
+    torch.testing.assert_close(attention.proj(y), attention(x))
+
+
+def test_a_figure_for_notebooks():
+    model = stvit.stvit_tiny(num_classes=2)
+    for point in (None, (0.5, 0.5)):
+        drawn = figure(model, torch.randn(3, 64, 64), point)
+        assert sum(bool(panel.get_images()) for panel in drawn.axes) == 5  # the image, and two for each of two blocks
+
+
+def test_a_folder_and_a_point(tmp_path, capsys):
+    for name in ("a.png", "b.jpg"):
+        Image.new("RGB", (40, 40), "green").save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    arguments = [str(tmp_path), "--model", "stvit_tiny", "--input-size", "32", "--output", str(tmp_path / "drawn")]
+    assert main([*arguments, "--point", "10", "20"]) == 0
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["a.png", "b.png"]
+    capsys.readouterr()
+    assert main([*arguments, "--point", "10", "32"]) == 2 and "--point" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 2 and "no image in this folder" in capsys.readouterr().err
+
+
+def test_a_bare_state_dict_asks_for_the_model(tmp_path, capsys):
+    stvit.save_checkpoint(tmp_path / "bare.safetensors", model=stvit.stvit_tiny(num_classes=2).state_dict())
+    Image.new("RGB", (40, 40)).save(tmp_path / "photo.png")
+    assert main([str(tmp_path / "photo.png"), "--checkpoint", str(tmp_path / "bare.safetensors")]) == 2
+    assert "(name the model with --model)" in capsys.readouterr().err
