@@ -134,7 +134,7 @@ def test_feature_maps_of_the_stages() -> None:
     assert [tuple(m.shape) for m in maps] == [(2, 8, 18, 24), (2, 12, 9, 12), (2, 20, 5, 6), (2, 16, 3, 3)]
     assert [info["num_chs"] for info in model.feature_info] == [8, 12, 20, 16]
     assert [info["reduction"] for info in model.feature_info] == [4, 8, 16, 32]
-    torch.testing.assert_close(model.layers[1](model.layers[0].downsample(maps[0]))[0], maps[1])
+    torch.testing.assert_close(model.layers[1](model.layers[0].downsample(maps[0])), maps[1])
     features = model.forward_features(x)
     assert features.shape == (2, 24, 3, 3) and model.num_features == 24
     pooled = model.forward_head(features, pre_logits=True)
