@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= $(shell $(PY) -c 'import os; print(min(8, len(os.sched_getaffinity(0))))' 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test fuzz lint types docs gpu-check clean
+.PHONY: help setup train test fuzz lint types docs survive gpu-check clean
 
 help: ## list the targets
 	@echo "Targets (PYTHON=python3.12 picks the interpreter, ARGS=... is passed on):"
@@ -36,6 +36,10 @@ types: $(INSTALLED) ## check the type hints
 
 docs: $(INSTALLED) ## check the links, paths, commands and examples in the documentation
 	$(PY) -m pytest -q tests/host/test_docs.py
+
+KILLS ?= 40
+survive: $(INSTALLED) ## kill training runs at KILLS more drawn moments each, and compare how they end
+	STVIT_KILLS=$(KILLS) $(PY) -m pytest -q tests/train/test_train_survival.py $(ARGS)
 
 # Sets nothing up: where .venv is missing PYTHON runs it, whose torch and triton are those of the machine.
 STAGE ?= all

@@ -18,6 +18,8 @@ COUNTS = {  # flag: the least whole number
     "save_every": 0,
     "max_bad_images": 0,
     "throughput": 0,
+    "num_classes": 1,
+    "processes": 1,
     "grad_accum_steps": 1,
     "recount": 1,
     "warmup_epochs": 0,

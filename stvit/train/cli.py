@@ -11,6 +11,7 @@ from stvit.train import recipes
 from stvit.train.checks import check
 from stvit.train.errors import Interrupted, Preempted, Stop, UserError, disk_error
 from stvit.train.flags import build_parser
+from stvit.train.launch import launch
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.list_recipes:
             print(recipes.listing())
             return 0
+        if args.processes > 1 and "RANK" not in os.environ:
+            return launch(sys.argv[1:] if argv is None else argv, args.processes)
         try:
             from stvit.train.run import run
         except ModuleNotFoundError as error:

@@ -21,6 +21,7 @@ from torchvision.datasets import CIFAR100
 from stvit.train.distributed import Process
 from stvit.train.errors import UserError
 from stvit.train.folders import Folder, INaturalist, find_classes, subfolder
+from stvit.train.listed import is_timm_name, list_or_tar, timm_sets
 from stvit.train.loader import BadImages, Feeder, Order, ShardSampler, Testing, Training
 from stvit.train.saving import Saved
 from stvit.train.signals import ignore_in_worker
@@ -145,6 +146,8 @@ def build_sets(args: argparse.Namespace, saved: Saved | None, world_size: int = 
     if args.data_set == "DIGITS":
         sets = [Digits(train, args.input_size, augment[train]) for train in parts]
         return Sets(None if args.eval else sets[0], sets[-1], 10)
+    if is_timm_name(args.data_set):
+        return Sets(*timm_sets(args, augment))
     if not args.data_path:
         raise UserError(f"--data-set {args.data_set} needs --data-path")
     root = Path(args.data_path).expanduser()
@@ -169,10 +172,13 @@ def _cifar(root: Path, augment: dict[bool, Transform], parts: tuple[bool, ...]) 
 
 def _folders(root: Path, augment: dict[bool, Transform], args: argparse.Namespace, saved: Saved | None) -> Sets:
     names = saved.contents.get("classes") if saved else None
+    classes = {name: index for index, name in enumerate(names or [])}
+    listed = list_or_tar(root, augment, args, classes or None)
+    if listed is not None:
+        return Sets(*listed)
     known = "the training classes"
     train = None
     if names:
-        classes = {name: index for index, name in enumerate(names)}
         assert saved is not None
         known = f"the {len(names)} classes of {saved.path} (--finetune {saved.path} starts from it with other classes)"
     else:
@@ -184,6 +190,11 @@ def _folders(root: Path, augment: dict[bool, Transform], args: argparse.Namespac
     num_classes = 1000 if args.data_set == "IMNET" else len(classes)
     if len(classes) > num_classes:
         raise UserError(f"--data-path {root}: {len(classes)} classes, and IMNET has 1000; try --data-set FOLDER")
+    if args.eval and not names and len(classes) < num_classes:
+        raise UserError(
+            f"--data-path {root}: {len(classes)} of IMNET's 1000 class folders, and the checkpoint has no class names: "
+            "they would get wrong numbers; train/ with all 1000 folders would give them"
+        )
     return Sets(train, test, num_classes, list(classes))
 
 

@@ -55,6 +55,12 @@ def _cpus() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
+def _data_set(name: str) -> str:
+    if name not in DATA_SETS and "/" not in name:
+        raise argparse.ArgumentTypeError(f"{name}: expected {', '.join(DATA_SETS)}, hfds/NAME or torch/NAME")
+    return name
+
+
 def _switch(group: Any, name: str, default: bool | None, text: str) -> None:
     group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=default, help=text)
 
@@ -63,13 +69,17 @@ def _switch(group: Any, name: str, default: bool | None, text: str) -> None:
 def _data_flags(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data-set", default=None, choices=DATA_SETS, help="DIGITS: scikit-learn's digits. FOLDER: "
-        "DIR/{train,val or test}/CLASS/*.jpg. IMNET: the same with 1000 classes. CIFAR: CIFAR-100 as torchvision "
-        "keeps it. INAT, INAT19: iNaturalist 2018, 2019. Nothing is downloaded (default: IMNET with --data-path, "
-        "otherwise DIGITS)")
+    add("--data-set", "--dataset", default=None, type=_data_set, metavar="NAME", help="DIGITS: scikit-learn's digits. "
+        "FOLDER: DIR/{train,val or test}/CLASS/*.jpg, or train and val as .csv (lines PATH,CLASS) or .tar. IMNET: the "
+        "same with 1000 classes. CIFAR: CIFAR-100 as torchvision keeps it. INAT, INAT19: iNaturalist 2018, 2019. "
+        "SYNTHETIC: random images. hfds/NAME, torch/NAME: timm's. Only hfds/ downloads what it doesn't find "
+        "(default: IMNET with --data-path, otherwise DIGITS)")
+    add("--train-split", default="train", metavar="NAME", help="for timm's data sets")
+    add("--val-split", default="validation", metavar="NAME", help="for timm's data sets")
+    add("--num-classes", default=None, type=int, metavar="N", help="for a data set of timm's that doesn't tell")
     add("--synthetic", action="store_true", help="short for --data-set SYNTHETIC: random images, to measure or try a "
         "machine without data")
-    add("--data-path", default="", metavar="DIR", help="where the data set lies")
+    add("--data-path", "--data-dir", default="", metavar="DIR", help="where the data set lies")
     add("--max-bad-images", default=0, type=int, metavar="N", help="skip and name up to N unreadable images instead of "
         "ending at the first")
     add("--inat-category", default="name", choices=["kingdom", "phylum", "class", "order", "supercategory", "family",
@@ -121,6 +131,8 @@ def _run_flags(parser: Parser) -> None:
     add("--dist-eval", action="store_true", help="accepted: under torchrun the test set is always shared out, exactly")
     add("--world_size", "--world-size", default=1, type=int, metavar="N", help="under SLURM, the number of processes; "
         "torchrun sets it itself")
+    add("--processes", default=1, type=int, metavar="N", help="start N processes on this machine, as torchrun "
+        "does, but without its report when one fails")
     add("--dist_url", "--dist-url", default="env://", metavar="URL", help="where the processes meet")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -14,8 +15,8 @@ WIDE = ("I;16", "I;16L", "I;16B", "I;16N")
 UNSCALED = {"I": "32-bit integers", "F": "32-bit floats"}
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """An RGB image, 8 bits a channel.
+def read_image(path: str | Path | IO[bytes], name: str = "") -> Image.Image:
+    """An RGB image, 8 bits a channel; ``name`` is for errors about an open file.
 
     Pixels are taken as stored, as the published models saw theirs: an EXIF orientation is not applied, an alpha channel
     or a palette's transparency is dropped (the colours under it stay), CMYK is converted without its colour profile,
@@ -24,22 +25,28 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         UserError: naming the file, where it can't be decoded or holds 32-bit integers or floats.
     """
+    name = name or str(path)
     try:
         with Image.open(path) as image:
-            return _as_rgb(image, path)
+            return as_rgb(image, name)
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise UserError(f"{path}: not a readable image ({error})") from None
+        raise UserError(f"{name}: not a readable image ({error})") from None
 
 
-def _as_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """`read_image` for one that is open already.
+
+    Raises:
+        UserError: naming it, for 32-bit integers or floats.
+    """
     if image.mode in WIDE or (image.mode == "I" and image.format == "PNG"):  # older Pillows give 16-bit PNGs as I
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in UNSCALED:
         raise UserError(
-            f"{path}: not a readable image (mode {image.mode}, {UNSCALED[image.mode]}, whose range no file says: save "
+            f"{name}: not a readable image (mode {image.mode}, {UNSCALED[image.mode]}, whose range no file says: save "
             "it with 8 or 16 bits)"
         )
     if image.mode == "P" and "transparency" in image.info:

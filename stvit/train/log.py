@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stvit.checkpoint import whole_file
-from stvit.train.errors import UserError
+from stvit.train.writers import Writer, build_writers, naming
 
 Row = dict[str, Any]
 
@@ -33,11 +32,8 @@ class JsonLines:
         self.rows += rows
         if self.path is None:
             return
-        try:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        with naming(self.path), self.path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _read(path: Path) -> list[Row]:
@@ -59,70 +55,33 @@ class Log:
         self.epochs = JsonLines(folder / "log.txt" if folder else None, lambda row: int(row["epoch"]) < epoch)
         self.steps = JsonLines(folder / "steps.jsonl" if folder else None, lambda row: int(row.get("step", 0)) <= step)
         self._drawn = time.monotonic()
-        self._board: Any = None
-        self._wandb: Any = None
-        if folder and args.tensorboard:
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        if args.wandb and (folder or main):
-            self._wandb = _start_wandb(args, folder)
+        self.writers: list[Writer] = build_writers(args, folder, step) if main else []
 
     def add_steps(self, rows: list[Row]) -> None:
         """Rows with step, epoch, loss, lr."""
         self.steps.append(*rows)
-        if self._board:
-            for row in rows:
-                self._board.add_scalar("train/loss", row["loss"], row["step"])
-                self._board.add_scalar("train/lr", row["lr"], row["step"])
-        if self._wandb:
-            for row in rows:
-                self._wandb.log({"train/loss": row["loss"], "train/lr": row["lr"]}, step=row["step"])
+        for writer in self.writers:
+            writer.add_steps(rows)
 
     def add_epoch(self, row: Row) -> None:
         """One epoch's row; redraws the curve when the last drawing is half a minute old."""
         self.epochs.append(row)
-        if self._board:
-            for name, value in row.items():
-                if name != "epoch":
-                    self._board.add_scalar(name, value, row["epoch"])
-            self._board.flush()
-        if self._wandb:
-            self._wandb.log({name: value for name, value in row.items() if name != "epoch"}, step=row["steps"])
+        for writer in self.writers:
+            writer.add_epoch(row)
         if time.monotonic() - self._drawn > 30:
             self.draw()
 
     def close(self) -> None:
         """Nothing more will come."""
-        if self._board:
-            self._board.close()
-            self._board = None
-        if self._wandb:
-            self._wandb.finish()
-            self._wandb = None
+        for writer in self.writers:
+            writer.close()
+        self.writers = []
 
     def draw(self) -> None:
         """Write ``curve.png``."""
         if self.folder and self.epochs.rows:
             draw_curve(self.epochs.rows, self.steps.rows, self.folder / "curve.png")
         self._drawn = time.monotonic()
-
-
-def _start_wandb(args: argparse.Namespace, folder: Path | None) -> Any:
-    """A run of Weights & Biases, the same one after resuming.
-
-    Raises:
-        UserError: where the package is missing.
-    """
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
-        raise UserError("--wandb needs wandb: pip install wandb") from error
-    name = str(folder.resolve()) if folder else None
-    identity = hashlib.sha256(name.encode()).hexdigest()[:16] if name else None
-    return wandb.init(
-        project=args.wandb, dir=name, name=args.output_dir or None, id=identity, resume="allow", config=vars(args)
-    )
 
 
 def draw_curve(epochs: list[Row], steps: list[Row], path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.train_cases import write_photos
+from stvit.train.cli import main
+from tests.support.train_cases import flags, write_photos
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,6 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     return write_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def trained(photos, tmp_path_factory):
+    """The output folder of a run of two epochs."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    assert main([*flags(photos), "--epochs", "2", "--output_dir", str(folder)]) == 0
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
 """Parts of the training program by themselves: flags, data sets, samplers, losses, log lines."""
 
+import io
 import json
+import sys
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -8,16 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch.nn import functional as F
+from torch.utils.data import DistributedSampler
 
+from stvit.train import listed
 from stvit.train.cli import parse_args
-from stvit.train.data import build_transform
+from stvit.train.data import build_sets, build_transform
 from stvit.train.distributed import Process
 from stvit.train.errors import UserError
 from stvit.train.flags import build_parser
 from stvit.train.folders import Folder, INaturalist, find_classes
 from stvit.train.images import read_image
-from stvit.train.loader import ShardSampler
+from stvit.train.loader import Order, ShardSampler
 from stvit.train.log import JsonLines
 from stvit.train.losses import DistillationLoss
 
@@ -35,6 +41,21 @@ PUBLISHED = """--early-conv --conv-pos --use-ortho --batch-size --epochs --epoch
 def test_shares_of_the_test_set_are_disjoint_and_whole():
     shares = [list(ShardSampler(range(13), Process(rank, 3, torch.device("cpu")))) for rank in range(3)]
     assert sorted(sum(shares, [])) == list(range(13))
+
+
+@pytest.mark.parametrize("kind", [RepeatAugSampler, DistributedSampler])
+def test_seed_and_epoch_order_the_images(kind):
+    """With repeated augmentation too; a resumed epoch is the rest of the whole one."""
+
+    def order(seed, epoch, skip=0):
+        ordered = Order(kind(range(300), 2, 1), seed, Process(1, 2, torch.device("cpu")))
+        ordered.start(epoch, skip)
+        return list(ordered)
+
+    assert order(0, 0) == order(0, 0) and order(0, 0, 40) == order(0, 0)[40:]
+    for other in (order(1, 0), order(0, 1)):
+        assert [index for _, _, index in other] != [index for _, _, index in order(0, 0)]
+    assert [place for _, place, _ in order(0, 0)][:3] == [1, 3, 5]
 
 
 def test_distillation_loss():
@@ -197,3 +218,77 @@ def test_log_lines_survive_a_cut(tmp_path):
         == lines.rows
         == [{"epoch": 0}, {"epoch": 1, "loss": 2.5}]
     )
+
+
+def write_tar(path, names):
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            data = io.BytesIO()
+            Image.new("RGB", (8, 8), (len(name), 0, 0)).save(data, "png")
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data.getvalue())
+            tar.addfile(entry, io.BytesIO(data.getvalue()))
+
+
+def test_lists_and_tars(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "train.csv").write_text("path,class\na.png,oak\nb.png,elm\nc.png,elm\n")
+    (tmp_path / "val.csv").write_text("c.png,oak\n")
+    arguments = ["--data-set", "FOLDER", "--data-path", str(tmp_path), "--input-size", "8"]
+    sets = build_sets(parse_args(arguments), None)
+    assert sets.classes == ["elm", "oak"] and [label for _, label in sets.train.samples] == [1, 0, 0]
+    assert sets.test[0][1] == 1 and sets.test[0][0].shape == (3, 8, 8)
+    (tmp_path / "val.csv").write_text("c.png,ash\n")
+    with pytest.raises(UserError, match="class ash"):
+        build_sets(parse_args(arguments), None)
+    for name in ("train.csv", "val.csv"):
+        (tmp_path / name).unlink()
+    write_tar(tmp_path / "train.tar", ["oak/1.png", "elm/2.png", "elm/3.png"])
+    write_tar(tmp_path / "val.tar", ["oak/4.png"])
+    sets = build_sets(parse_args(arguments), None)
+    assert sets.classes == ["elm", "oak"] and sets.num_classes == 2 and len(sets.train) == 3
+    assert sets.test[0][1] == 1 and sets.test[0][0].dtype == torch.uint8
+
+
+def test_data_sets_of_timm(tmp_path, monkeypatch):
+    for part in ("train", "val"):
+        (tmp_path / part / "oak").mkdir(parents=True)
+        Image.new("I;16", (8, 8), 65535).save(tmp_path / part / "oak" / "0.png")
+    arguments = ["--dataset", "torch/folder", "--data-dir", str(tmp_path / "train"), "--input-size", "8"]
+    sets = build_sets(parse_args(arguments), None)
+    assert sets.classes == ["oak"] and sets.test[0][0].shape == (3, 8, 8)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for name, reason in (("hfds/food101", "atasets"), ("wds/shards", "resumed"), ("torch/nothing", "nothing")):
+        with pytest.raises(UserError, match=reason):
+            build_sets(parse_args(["--dataset", name, "--data-dir", str(tmp_path)]), None)
+
+
+def test_a_reader_of_timm(monkeypatch):
+    """As of hfds/: the number of classes comes from a flag, a damaged image is named."""
+
+    class Reader:
+        def __getitem__(self, index):
+            return io.BytesIO(files[index]), 4
+
+    class Set:
+        reader = Reader()
+
+        def __len__(self):
+            return len(files)
+
+        def filename(self, index):
+            return f"row {index}"
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(buffer, "png")
+    files = [buffer.getvalue(), b"damaged"]
+    monkeypatch.setattr(listed, "create_dataset", lambda name, **options: Set())
+    arguments = ["--dataset", "hfds/birds", "--input-size", "8", "--crop-pct", "1"]
+    with pytest.raises(UserError, match="--num-classes"):
+        build_sets(parse_args(arguments), None)
+    sets = build_sets(parse_args([*arguments, "--num-classes", "9"]), None)
+    assert sets.num_classes == 9 and len(sets.train) == 2
+    assert sets.test[0][1] == 4 and sets.test[0][0][:, 0, 0].tolist() == [1, 2, 3]
+    with pytest.raises(UserError, match="row 1: not a readable image"):
+        sets.train[1]
