@@ -66,8 +66,9 @@ class Cost:
 
     @property
     def name(self) -> str:
-        """Op, kernel and shape: 'sampling walk 128x64x56x56'."""
-        return f"{self.op} {self.kernel.removesuffix('_kernel')} {'x'.join(map(str, self.shape))}"
+        """Op, kernel where it has another name, and shape: 'sampling (walk) 128x64x56x56'."""
+        kernel = self.kernel.removesuffix("_kernel")
+        return f"{self.op}{f' ({kernel})' if kernel != self.op else ''} {'x'.join(map(str, self.shape))}"
 
     def resident(self, gpu: GPU) -> int:
         """Blocks that a multiprocessor holds at a time."""

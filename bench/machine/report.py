@@ -30,6 +30,8 @@ from stvit.backends.registry import BLOCK_OPS
 from stvit.model import CONFIGS
 
 CEILING = Path(__file__).with_name("ceiling.json")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "machine.md"
+LISTED = 16  # kernels of the document's table, those that take most of a step
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WIDER = ("stvit_base", "stvit_large")  # whose block's ops are listed beside the default model
 HEADER = [
@@ -83,33 +85,65 @@ def _share(found: float, best: float) -> str:
     return f"{100 * best / found:.0f} %" if found else "-"
 
 
-def ceilings(costs: list[Cost], gpu: GPU) -> dict[str, float]:
-    """Microseconds of each kernel's worst limit, rounded up; kernels of one name are numbered."""
-    found: dict[str, float] = {}
+def ceilings(costs: list[Cost], gpu: GPU) -> dict[str, dict[str, Any]]:
+    """By kernel: launches of a step, the worst limit and its microseconds, rounded up, and those of DRAM alone. Kernels
+    of one name are told apart by primes."""
+    found: dict[str, dict[str, Any]] = {}
     for each in costs:
-        name = f"{each.phase} {each.name}"
+        name = each.name
         while name in found:
             name += "'"
-        found[name] = math.ceil(each.bound(gpu)[1] * 1e8) / 100
+        limit, seconds = each.bound(gpu)
+        dram = _microseconds(each.limits(gpu)["DRAM"])
+        found[name] = {"launches": each.launches, "limit": limit, "us": _microseconds(seconds), "dram_us": dram}
     return found
 
 
-def write_ceiling(path: Path, costs: list[Cost], args: argparse.Namespace, gpu: GPU) -> None:
-    """Records what the kernels cost at present as the most that they may cost from now on."""
-    before = json.loads(path.read_text()) if path.exists() else {"step": None, "kernels": {}}
+def _microseconds(seconds: float) -> float:
+    return math.ceil(seconds * 1e8) / 100
+
+
+def write_ceiling(costs: list[Cost], args: argparse.Namespace, gpu: GPU) -> None:
+    """Records what the kernels cost at present as the most that they may cost from now on, and documents it."""
+    before = json.loads(CEILING.read_text()) if CEILING.exists() else {"step_us": None, "kernels": {}}
     settings = {name: getattr(args, name) for name in ("batch", "size", "dtype", "capability")}
     found = ceilings(costs, gpu)
-    total = math.ceil(sum(each.launches * each.bound(gpu)[1] for each in costs) * 1e6)
+    total = math.ceil(sum(kernel["launches"] * kernel["us"] for kernel in found.values()))
     content = {
         "command": "python -m bench.machine --record", "triton": triton.__version__, "model": "stvit_small",
-        **settings, "gpu": gpu.name, "unit": "us", "step": total, "kernels": found,
+        **settings, "gpu": gpu.name, "step_us": total, "kernels": found,
     }  # fmt: skip
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    CEILING.write_text(json.dumps(content, indent=1) + "\n")
     for name in sorted(found.keys() | before["kernels"].keys()):
-        old, new = before["kernels"].get(name, "none"), found.get(name, "none")
+        old, new = (kernels.get(name, {}).get("us", "none") for kernels in (before["kernels"], found))
         if old != new:
             console.say(f"{name}: {old} -> {new} us")
-    console.say(f"a step: {before['step']} -> {total} us")
+    console.say(f"a step: {before['step_us']} -> {total} us")
+    DOCUMENT.write_text(documented(DOCUMENT.read_text(), content))
+
+
+def documented(text: str, recorded: dict[str, Any]) -> str:
+    """The document with the table of a recorded ceiling between its marks."""
+    begin, end = "<!-- costs:begin -->\n", "<!-- costs:end -->"
+    kernels = [(name, k, k["launches"] * k["us"]) for name, k in recorded["kernels"].items()]
+    kernels.sort(key=lambda row: -row[2])
+    settings = ("model", "batch", "size", "dtype", "gpu")
+    model, batch, size, dtype, gpu = (recorded[name] for name in settings)
+    others = kernels[LISTED:]
+    rest_us = sum(us for *_, us in others)
+    lines = [
+        f"{model}, batch {batch}, {size} x {size}, {dtype}, limits of one {gpu}:",
+        "",
+        "| kernel | launches | bound by | us | us by DRAM alone | us a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, k, us in kernels[:LISTED]:
+        lines.append(f"| {name} | {k['launches']} | {k['limit']} | {k['us']:.1f} | {k['dram_us']:.1f} | {us:.0f} |")
+    lines.append(f"| {len(others)} others | {sum(k['launches'] for _, k, _ in others)} | | | | {rest_us:.0f} |")
+    lines.append(f"| total | {sum(k['launches'] for _, k, _ in kernels)} | | | | {recorded['step_us']} |")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return before + begin + "\n".join(lines) + "\n" + end + after
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -128,7 +162,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--gpu", choices=GPUS, help="whose limits (H100, or A100 with --capability 80)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every count to FILE")
-    parser.add_argument("--record", action="store_true", help=f"only write {CEILING.name}, from the present count")
+    parser.add_argument("--record", action="store_true", help=f"only write {CEILING.name} and {DOCUMENT.name}")
     args = parser.parse_args(arguments)
     args.capability = args.capability or (COUNTED_AS[GPUS[args.gpu].capability] if args.gpu else 90)
     args.gpu = args.gpu or DEFAULT[args.capability]
@@ -142,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu = GPUS[args.gpu]
     found = examine(args)
     if args.record:
-        write_ceiling(CEILING, found["stvit_small"], args, gpu)
+        write_ceiling(found["stvit_small"], args, gpu)
         return 0
     run = "forward pass" if args.inference else "step"
     for model, costs in found.items():
