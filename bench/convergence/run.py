@@ -29,6 +29,7 @@ from bench.convergence.data import Batches, Data, DataError, digits, image_folde
 from bench.convergence.trainer import OutOfTime, Run, Trainer, build, why_not
 from bench.harness import console, record
 from bench.harness.gate import finite
+from bench.report import tables
 from stvit.model import CONFIGS
 
 EXAMPLES = """contenders: reference, triton, cuda or authors, each also compiled: reference+compile, triton+compile, ...
@@ -162,28 +163,8 @@ def run_all(options: argparse.Namespace, data: Data, device: torch.device, deadl
 
 
 def show(rows: Sequence[Row], about: Row, device: torch.device) -> None:
-    def number(row: Row, key: str, form: str) -> str:
-        return format(row[key], form) if row.get(key) is not None else ""
-
-    lines = []
-    for row in rows:
-        apart = row.get("distance") or {"mean": None, "largest": None}
-        verdict = row.get("error") or ("" if "passed" not in row else "passed" if row["passed"] else "FAILED")
-        lines.append(
-            (
-                f"{row['contender']}, seed {row['seed']}", str(row["steps"]), number(row, "final_loss", ".4f"),
-                number(row, "final_accuracy", ".2%"), number(row, "seconds", ".1f"),
-                number(row, "seconds_to_target", ".1f"), number(apart, "mean", ".5f"), number(apart, "largest", ".5f"),
-                verdict,
-            )
-        )  # fmt: skip
-    target = about["target_accuracy"]
-    console.table(
-        "\nconvergence" + ("" if device.type == "cuda" else " (CPU: a trial of the tool, no result)"),
-        ("run", "steps", "loss", "accuracy", "seconds", f"s to {target:.1%}" if target is not None else "s to -",
-         "distance", "largest", "verdict"),
-        lines,
-    )  # fmt: skip
+    note = "" if device.type == "cuda" else " (CPU: a trial of the tool, no result)"
+    console.table(f"\nconvergence{note}", *tables.convergence_lines(rows, about["target_accuracy"]))
     if about["yardstick"]:
         console.say(f"the yardstick, between the baseline's seeds: {about['yardstick']['mean']:.5f}")
 

@@ -268,23 +268,23 @@ def context_table(found: Sequence[Group]) -> str:
 # Convergence: one file, one comparison; final_accuracy and the like of rows without an "error".
 
 
-def convergence_table(result: Result) -> str:
-    target = result.about["target_accuracy"]
+def convergence_lines(runs: Sequence[Row], target: float | None) -> tuple[list[str], list[list[str]]]:
+    """Header and lines."""
     to_target = f"s to {target:.1%}" if target is not None else "s to the same accuracy"
-    header = ["run", "steps", "accuracy", "seconds", to_target, "distance", "verdict"]
-    rows = []
-    for row in result.rows:
-        cells = [f"{row['contender']}, seed {row['seed']}", str(row["steps"])]
-        if "error" in row:
-            rows.append([*cells, *[DASH] * 4, "failed"])
-            continue
-        apart = (row.get("distance") or {}).get("mean")
+    header = ["run", "steps", "loss", "accuracy", "seconds", to_target, "distance", "verdict"]
+    forms = {"final_loss": ".4f", "final_accuracy": ".2%", "seconds": ".1f", "seconds_to_target": ".1f", "mean": ".5f"}
+    lines = []
+    for row in runs:
+        known = {**row, **(row.get("distance") or {})}
+        figures = [DASH if known.get(name) is None else format(known[name], form) for name, form in forms.items()]
         verdict = {True: "passed", False: "too far", None: "baseline"}[row.get("passed")]
-        rows.append([
-            *cells, f"{row['final_accuracy']:.2%}", f"{row['seconds']:.1f}", f"{row['seconds_to_target']:.1f}",
-            DASH if apart is None else f"{apart:.4f}", verdict,
-        ])  # fmt: skip
-    return markdown(header, rows)
+        verdict = "failed" if "error" in row else verdict
+        lines.append([f"{row['contender']}, seed {row['seed']}", str(row["steps"]), *figures, verdict])
+    return header, lines
+
+
+def convergence_table(result: Result) -> str:
+    return markdown(*convergence_lines(result.rows, result.about["target_accuracy"]))
 
 
 def convergence_subject(result: Result) -> tuple[str, str]:
