@@ -221,7 +221,7 @@ def test_torchrun_starts_a_lost_process_again(photos, tmp_path, capsys):
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, *flags(photos, *more)]
     with subprocess.Popen(command, env=environ, cwd=ROOT, text=True, stdout=-1, stderr=subprocess.STDOUT) as child:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not (output / "previous.pth").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         os.kill(find_worker(child.pid, 1), signal.SIGKILL)
