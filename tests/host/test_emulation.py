@@ -32,6 +32,7 @@ def test_barriers_and_shuffles(order: str, samples: Device) -> None:
         assert torch.equal(run(samples, "warp_rotate", x, torch.empty(32)), x[:32].roll(-1))
         sums = run(samples, "warp_sum", x.double(), torch.empty(32, dtype=torch.float64))
         assert torch.equal(sums, x[:32].double().sum().expand(32))
+        assert torch.equal(run(samples, "warp_turn", x, torch.empty(32)), x[:32].flip(0))
 
 
 @every_order

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -137,6 +137,16 @@ class Counts(NamedTuple):
     launches: int
 
 
+class Launch(NamedTuple):
+    """A launch as the compiled kernel would see it."""
+
+    kernel: str  # symbol
+    blocks: int
+    threads: int
+    shared_bytes: int
+    arguments: bytes
+
+
 class Device:
     """The emulated device in a library: settings that tests change, counts that they read."""
 
@@ -166,6 +176,23 @@ class Device:
         counts = (ctypes.c_int64 * 3)()
         self.library.emulation_counts(counts)
         return Counts(*counts)
+
+    def recorded(self, run: Callable[[], object]) -> list[Launch]:
+        """The launches of `run`, noted instead of run: its results are not computed."""
+        launch = self.library.emulation_launch
+        launch.restype = ctypes.c_char_p
+        self.library.emulation_record(1)
+        try:
+            run()
+            found = []
+            for index in range(self.library.emulation_recorded()):
+                sizes, data = (ctypes.c_int64 * 4)(), ctypes.c_void_p()
+                kernel = launch(index, sizes, ctypes.byref(data)).decode()
+                blocks, threads, shared_bytes, size = sizes
+                found.append(Launch(kernel, blocks, threads, shared_bytes, ctypes.string_at(data, size)))
+            return found
+        finally:
+            self.library.emulation_record(0)
 
     def run_sample(self, name: str, given: torch.Tensor, out: torch.Tensor, n: int = 0) -> str:
         """Runs a kernel of tests/support/emulation/samples.cu; the text of its error, empty without one."""

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace stvit::emulation {
 
@@ -21,8 +22,19 @@ struct Device {
   Order order = Order::forward;
   int64_t loaded = 0, stored = 0;  // bytes of device memory, since they were last set to 0
   int64_t launches = 0;
+  bool recording = false;  // launches are noted, not run
 };
 extern Device device;
+
+// A launch as the compiled kernel would see it.
+struct Launch {
+  std::string kernel;  // symbol
+  int64_t blocks, shared_bytes;
+  int threads;
+  std::vector<char> arguments;  // as they lie in constant memory
+};
+extern std::vector<Launch> launches;
+void record(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes, std::vector<char> arguments);
 
 // Runs `kernel` in every thread of every block. Throws std::runtime_error where the kernel did what a GPU punishes.
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);

@@ -7,7 +7,9 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "cuda_runtime.h"
 #include "fibers.h"
@@ -70,9 +72,13 @@ inline void store(T* to, T value) {
 
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
+inline float power_of_two(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }
 
 inline void barrier() { emulation::wait_for_block(); }
 inline void warp_barrier() { emulation::wait_for_warp("warp_barrier"); }
+
+inline int anew(int x) { return x; }
 
 template <typename T>
 inline T shuffle_xor(T value, int lanes) {
@@ -86,6 +92,45 @@ inline T shuffle_xor(T value, int lanes) {
   emulation::collective("shuffle_xor", &value, sizeof(T), exchange, lanes);
   return value;
 }
+
+template <typename T>
+inline T shuffle(T value, int lane) {
+  struct Deposit {
+    T value;
+    int from;
+  } mine{value, lane};
+  const auto exchange = [](unsigned char* deposits, int) {
+    T values[emulation::LANES];
+    for (int lane = 0; lane < 32; ++lane)
+      values[lane] = reinterpret_cast<Deposit*>(deposits + lane * emulation::DEPOSIT)->value;
+    for (int lane = 0; lane < 32; ++lane) {
+      Deposit* to = reinterpret_cast<Deposit*>(deposits + lane * emulation::DEPOSIT);
+      if (to->from < 0 || to->from >= 32) emulation::fail("shuffle: from lane " + std::to_string(to->from));
+      to->value = values[to->from];
+    }
+  };
+  emulation::collective("shuffle", &mine, sizeof(mine), exchange);
+  return mine.value;
+}
+
+template <int BYTES>
+struct Bytes;
+template <>
+struct Bytes<2> {
+  using type = uint16_t;
+};
+template <>
+struct Bytes<4> {
+  using type = uint32_t;
+};
+template <>
+struct Bytes<8> {
+  using type = uint64_t;
+};
+template <>
+struct Bytes<16> {
+  using type = int4;
+};
 
 inline char* shared_memory() { return emulation::shared_memory(); }
 
@@ -171,9 +216,25 @@ inline void wait() {
   emulation::wait_for_copies(LATEST);
 }
 
+// Arguments one after another, each aligned as C++ aligns it.
+template <typename... Parameters>
+std::vector<char> packed(const Parameters&... arguments) {
+  std::vector<char> bytes;
+  const auto append = [&](const auto& one) {
+    bytes.resize((bytes.size() + alignof(decltype(one)) - 1) / alignof(decltype(one)) * alignof(decltype(one)));
+    const char* from = reinterpret_cast<const char*>(&one);
+    bytes.insert(bytes.end(), from, from + sizeof(one));
+  };
+  (append(arguments), ...);
+  return bytes;
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void*,
             const Arguments&... arguments) {
+  if (emulation::device.recording)
+    return emulation::record(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes,
+                             packed<std::remove_cv_t<Parameters>...>(arguments...));
   emulation::run(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 

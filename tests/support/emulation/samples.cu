@@ -35,6 +35,10 @@ __global__ void warp_sum(const double* in, double* out, int64_t) {
   gpu::store(out + threadIdx.x, value);
 }
 
+__global__ void warp_turn(const float* in, float* out, int64_t) {
+  gpu::store(out + threadIdx.x, gpu::shuffle(gpu::load(in + threadIdx.x), 31 - int(threadIdx.x)));
+}
+
 // out (16 x 8, float) = a (16 x 16) b, b (16 x 8) after it; TRANSPOSED: b is given as (8 x 16).
 template <typename T, bool TRANSPOSED>
 __global__ void product(const T* in, float* out, int64_t) {
@@ -144,6 +148,7 @@ const std::map<std::string, Sample> samples = {
     {"warp_rotate", sample(warp_rotate<false>, 1, 32, 128)},
     {"warp_rotate without a barrier", sample(warp_rotate<true>, 1, 32, 128)},
     {"warp_sum", sample(warp_sum, 1, 32, 0)},
+    {"warp_turn", sample(warp_turn, 1, 32, 0)},
     {"half product", sample(product<gpu::half, false>, 1, 32, 768)},
     {"half product transposed", sample(product<gpu::half, true>, 1, 32, 768)},
     {"bfloat16 product", sample(product<gpu::bfloat16, false>, 1, 32, 768)},
