@@ -165,7 +165,8 @@ Tensor differentiate(const Tensor& x, const Tensor& tokens, const Sampled& sampl
                      const std::optional<Tensor>& grad_weights, const Shape& shape, double scale, bool pools) {
   const auto& [stokens, weights, mass] = sampled;
   const Tensor dlogit = empty_weights(x), grad_tokens = at::empty_like(tokens);
-  const Tensor offset = grad.to(mass.scalar_type()).mul(stokens).sum({1}, true).div(mass.add(1e-12)).contiguous();
+  const Tensor offset =
+      grad.to(mass.scalar_type()).mul(stokens).sum({1}, true).div(mass.add(MASS_EPSILON)).contiguous();
   PixelsToTokens call{type_of(x.scalar_type()), shape, Map::differentiate, scale, view(x), view(grad)};
   call.weights = weights.data_ptr();
   call.grad = data(grad_weights);
@@ -302,7 +303,7 @@ pybind11::dict plan_of(int map, bool pool, bool grad, int64_t batch, int64_t cha
   found["columns"] = walk.columns;
   found["group"] = walk.group;
   found["ahead"] = walk.ahead;
-  found["slots"] = walk.slots;
+  found["stages"] = walk.stages;
   found["regions"] = walk.regions;
   found["reads"] = walk.reads;
   found["shared_bytes"] = walk.shared_bytes;

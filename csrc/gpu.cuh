@@ -66,14 +66,58 @@ __device__ inline void store(T* to, T value) {
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
 
+// 2^x and 1 / x by one instruction each: within two units of the last place, powers below 2^-126 are 0.
+__device__ inline float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // All threads of the block; all lanes of the warp.
 __device__ inline void barrier() { __syncthreads(); }
 __device__ inline void warp_barrier() { __syncwarp(); }
+
+// x, from which the compiler computes nothing beforehand: what follows is computed where it is used, again and again,
+// rather than held in registers through the loop around it.
+__device__ inline int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 template <typename T>
 __device__ inline T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
+// The value of another lane.
+template <typename T>
+__device__ inline T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
+// Numbers of as many bytes.
+template <int BYTES>
+struct Bytes;
+template <>
+struct Bytes<2> {
+  using type = uint16_t;
+};
+template <>
+struct Bytes<4> {
+  using type = uint32_t;
+};
+template <>
+struct Bytes<8> {
+  using type = uint64_t;
+};
+template <>
+struct Bytes<16> {
+  using type = int4;
+};
 
 // Dynamic shared memory of the block, 16-byte aligned.
 __device__ inline char* shared_memory() {

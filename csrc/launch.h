@@ -9,6 +9,8 @@
 
 namespace stvit {
 
+constexpr double MASS_EPSILON = 1e-12;  // added to the mass of a super token before it divides
+
 // A (B, C, rows, columns) tensor: pixels, or super tokens.
 struct View {
   void* data = nullptr;

@@ -64,7 +64,7 @@ struct Weigher {
 #pragma unroll
       for (int k = 0; k < 9; ++k) {
         S token = near[k] ? S(gpu::widen(gpu::load(near[k] + c * call.tokens.channel))) : S(0);
-        if (MAP == Map::differentiate) token = gpu::widen(gpu::narrow<T>(token / (masses[k] + S(1e-12))));
+        if (MAP == Map::differentiate) token = gpu::widen(gpu::narrow<T>(token / (masses[k] + S(MASS_EPSILON))));
         products[k] += value * token;
       }
     }
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(THREADS) sum_kernel(const PixelsToTokens call,
     mass += tile_mass;
   }
   const View& out = call.stokens;
-  const S value = MAP == Map::associate ? sum / (mass + S(1e-12)) : sum * S(call.scale);
+  const S value = MAP == Map::associate ? sum / (mass + S(MASS_EPSILON)) : sum * S(call.scale);
   gpu::store(
       static_cast<T*>(out.data) + image * out.image + row * out.row + column * out.column + channel * out.channel,
       gpu::narrow<T>(value));
@@ -213,7 +213,9 @@ void run(const PixelsToTokens& call, const Walk& walk, void* stream) {
 bool moves_in_vectors(const PixelsToTokens& call) {
   const auto aligned = [](const void* data) { return reinterpret_cast<intptr_t>(data) % 16 == 0; };
   const bool narrow = call.type == Type::half || call.type == Type::bfloat16;
-  return narrow && call.pixels.vectors(2) && aligned(call.weights) && aligned(call.grad);
+  // Offsets within an image are 32-bit.
+  const int64_t bytes = 2 * (call.pixels.row * call.shape.height + call.pixels.column * call.shape.width);
+  return narrow && bytes < (int64_t(1) << 31) && call.pixels.vectors(2) && aligned(call.weights) && aligned(call.grad);
 }
 
 }  // namespace

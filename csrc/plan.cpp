@@ -5,32 +5,46 @@
 namespace stvit {
 namespace {
 
+constexpr int64_t MOST = int64_t(1) << 31;  // offsets within an image are 32-bit
+
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+
+// Most tiles of any `count` groups one after another.
+int64_t tiles_of(int64_t count, int walked, int group) {
+  const int64_t groups_of_row = divide_up(walked, group);
+  return count / groups_of_row * walked + count % groups_of_row * group;
+}
 
 // Fills in the shared memory that `walk` takes.
 void lay_out(Walk& walk, const Task& task, const Shape& shape) {
   const int64_t channels = round_up(shape.channels, 16);
   const int walked = std::min(walk.columns + 2, shape.gw);
-  const int groups_of_row = int(divide_up(walked, walk.group));
   walk.stride = int(channels) + 8;
   walk.pixels = int(round_up(shape.h * shape.w, 16));
-  walk.known_columns = std::min(walk.columns + 4, shape.gw);
-  // While one group is weighed, the next `ahead` arrive; pooling runs a row and a group before.
-  walk.slots = 1 + walk.ahead + (walk.pools ? groups_of_row + 1 : 0);
+  walk.known_columns = walked + 2;
+  walk.totals_row = int(walk.columns * channels) + 8;
   walk.weight_row = int(round_up(shape.w * 18 + 14, 16));
+  // While one group is weighed, the next `ahead` arrive; pooling runs a row and a group before.
+  const int64_t lag = walk.pools ? divide_up(walked, walk.group) + 1 : 0;
+  const int64_t kept = lag + 1 + walk.ahead;
+  // Regions of part of a row differ in width, and so in where small groups come.
+  walk.stages = int(walk.columns < shape.gw ? kept * walk.group : tiles_of(kept, walked, walk.group));
   const int given = task.map == Map::associate ? 0 : 1 + task.grad;
-  const int64_t slot = int64_t(walk.group) * (walk.pixels * walk.stride * 2 + given * shape.h * walk.weight_row);
-  const int64_t tokens = task.map == Map::weighted ? 0 : (4 * int64_t(walk.known_columns) + 1) * walk.stride * 2;
-  const int64_t totals = 3 * walk.columns * channels * 4;
-  const int64_t masses = task.map == Map::associate ? round_up(SUM_WARPS * 3 * walk.columns * 4, 16) : 0;
-  const int64_t weights = int64_t(walk.group) * walk.pixels * WEIGHTS_STRIDE * 2;
-  walk.shared_bytes = walk.slots * slot + tokens + totals + masses + weights;
-  walk.slot_bytes = int(slot);
-  walk.tokens_at = int(walk.slots * slot);
-  walk.totals_at = int(walk.tokens_at + tokens);
-  walk.masses_at = int(walk.totals_at + totals);
-  walk.weights_at = int(walk.masses_at + masses);
+  walk.stage_bytes = walk.pixels * walk.stride * 2 + given * shape.h * walk.weight_row;
+  int64_t at = int64_t(walk.stages) * walk.stage_bytes;
+  const auto take = [&](int& place, int64_t bytes) {
+    place = int(at);
+    at += round_up(bytes, 16);
+  };
+  const int64_t places = 5 * walk.known_columns;
+  take(walk.zeros_at, 16);
+  take(walk.tokens_at, task.map == Map::weighted ? 0 : places * walk.stride * 2);
+  take(walk.offsets_at, task.map == Map::differentiate ? places * 4 : 0);
+  take(walk.totals_at, 3 * int64_t(walk.totals_row) * 4);
+  take(walk.masses_at, task.map == Map::associate ? 4 * walk.columns * 4 : 0);
+  take(walk.scratch_at, divide_up(int64_t(walk.group) * walk.pixels, 32) * SCRATCH);
+  walk.shared_bytes = at;
 }
 
 // Tiles along one side that the regions of `size` super tokens read altogether, with `halo` tiles on either side.
@@ -41,15 +55,15 @@ int64_t tiles_read(int grid, int size, int halo) {
   return tiles;
 }
 
-// The largest group that fits into shared memory with two more on their way, so that copies run while one is worked on;
-// then the deepest prefetch. With one on its way where two don't fit.
+// The fewest groups of a row, of equal size or one tile less, that fit into shared memory with two more on their way, so
+// that copies run while one is worked on; with one on its way where two don't fit.
 bool fit(Walk& walk, const Task& task, const Shape& shape, const Limits& limits) {
-  const int tile = int(round_up(shape.h * shape.w, 16));
-  // A group of 256 pixels is 16 for each warp.
-  const int most = std::clamp(16 * WALK_WARPS / tile, 1, std::min(walk.columns + 2, shape.gw));
+  const int tile = int(round_up(shape.h * shape.w, 16)), walked = std::min(walk.columns + 2, shape.gw);
+  const int most = std::clamp(32 * WALK_WARPS / tile, 1, walked);  // a warp weighs 32 pixels
   for (const int least : {2, 1})
-    for (walk.group = most; walk.group >= 1; --walk.group)
-      for (walk.ahead = 3; walk.ahead >= least; --walk.ahead) {
+    for (int groups = int(divide_up(walked, most)); groups <= walked; ++groups)
+      for (walk.ahead = 2; walk.ahead >= least; --walk.ahead) {
+        walk.group = int(divide_up(walked, groups));
         lay_out(walk, task, shape);
         if (walk.shared_bytes <= limits.shared_bytes) return true;
       }
@@ -67,7 +81,8 @@ double cost(const Walk& walk, const Limits& limits) {
 Walk plan(const Task& task, const Shape& shape, const Limits& limits) {
   Walk best;
   double least = 0;
-  const bool small = shape.channels <= WALK_CHANNELS && int64_t(shape.h) * shape.w <= WALK_TILE;
+  const bool small = shape.channels <= WALK_CHANNELS && int64_t(shape.h) * shape.w <= WALK_TILE &&
+                     shape.height * shape.width < MOST / 18;  // bytes of an image's weights
   const bool empty = shape.batch == 0 || shape.channels == 0 || shape.gh == 0 || shape.gw == 0;
   if (!task.vectors || shape.channels % 8 || !small || empty) return best;
   for (int pools = task.pool; pools >= 0; --pools)

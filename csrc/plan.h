@@ -47,14 +47,16 @@ struct Walk {
   int64_t regions = 0;  // blocks of threads
   double reads = 0;     // how often pixels are read, halos and a pass of pooling included
 
-  // Shared memory, in this order; rows of pixels and super tokens are padded so that matrix loads meet no bank twice.
+  // Shared memory, in this order (walk_block.cuh): rows of pixels and super tokens are padded so that matrix loads meet
+  // no bank twice.
   int stride = 0;         // elements of a row of pixels or super tokens
   int pixels = 0;         // pixels of a tile, rounded up to whole matrices of 16
-  int known_columns = 0;  // columns of super tokens kept, of 4 rows of the grid
-  int slots = 0;          // groups kept
+  int known_columns = 0;  // columns of super tokens kept: those walked over, and one more on either side
+  int stages = 0;         // tiles kept
   int weight_row = 0;     // bytes of a tile row's weights as copied, 16-byte aligned at both ends
-  int slot_bytes = 0;     // of a group
-  int tokens_at = 0, totals_at = 0, masses_at = 0, weights_at = 0;
+  int stage_bytes = 0;    // of a tile
+  int totals_row = 0;     // elements of a row of totals
+  int zeros_at = 0, tokens_at = 0, offsets_at = 0, totals_at = 0, masses_at = 0, scratch_at = 0;
   int64_t shared_bytes = 0;
 };
 Walk plan(const Task&, const Shape&, const Limits&);
@@ -63,6 +65,6 @@ constexpr int WALK_WARPS = 16;
 constexpr int SUM_WARPS = 8;        // those that sum; the others pool meanwhile
 constexpr int WALK_CHANNELS = 384;  // at most
 constexpr int WALK_TILE = 1024;     // pixels at most
-constexpr int WEIGHTS_STRIDE = 24;  // elements of a pixel's row of 16 weights in shared memory
+constexpr int SCRATCH = 1440;       // bytes of shared memory for the products and weights of 32 pixels
 
 }  // namespace stvit

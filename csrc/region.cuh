@@ -20,51 +20,54 @@ struct Divisor {
   __device__ int quotient(int n) const { return d == 1 ? n : int((uint64_t(uint32_t(n)) * magic) >> 32); }
 };
 
-// Tiles side by side in a row of the grid.
+// Tiles side by side in a row of the grid, and the stage of shared memory that the first of them is copied to.
 struct Group {
-  int row, column, tiles;
+  int row, column, tiles, stage;
 };
 
 struct Region {
   const Shape& shape;
-  int64_t image;
+  const Walk& walk;
+  int image;
   int first_row, end_row, first_column, end_column;  // super tokens that the region owns
-  int loaded_row, group;                             // first row of tiles that it copies; tiles of a group
-  int groups, first_walked, end_walked;              // groups that it copies; those that it walks over, not only pools
-  Divisor groups_of_row;
+  int column0, column_end;  // of the tiles that it walks over: those of its super tokens, and one further on every side
+  int loaded_row, groups;   // first row of tiles that it copies; groups that it copies
 
-  __device__ Region(const Shape& shape, const Walk& walk, bool pools, int64_t index) : shape(shape), group(walk.group) {
+  __device__ Region(const Shape& shape, const Walk& walk, int index) : shape(shape), walk(walk) {
     const int regions_of_row = (shape.gw + walk.columns - 1) / walk.columns;
     const int regions = (shape.gh + walk.rows - 1) / walk.rows * regions_of_row;
     image = index / regions;
-    const int place = int(index - image * regions);
+    const int place = index - image * regions;
     first_row = place / regions_of_row * walk.rows;
     end_row = smaller(first_row + walk.rows, shape.gh);
     first_column = place % regions_of_row * walk.columns;
     end_column = smaller(first_column + walk.columns, shape.gw);
-    groups_of_row = Divisor((column_end() - column0() + group - 1) / group);
-    const int per_row = int(groups_of_row.d), loaded_end = pools ? smaller(walked_end() + 1, shape.gh) : walked_end();
-    loaded_row = pools ? larger(walked_row() - 1, 0) : walked_row();
-    groups = (loaded_end - loaded_row) * per_row;
-    first_walked = (walked_row() - loaded_row) * per_row;
-    end_walked = (walked_end() - loaded_row) * per_row;
+    column0 = larger(first_column - 1, 0);
+    column_end = smaller(end_column + 1, shape.gw);
+    const int loaded_end = walk.pools ? smaller(walked_end() + 1, shape.gh) : walked_end();
+    loaded_row = walk.pools ? larger(walked_row() - 1, 0) : walked_row();
+    groups = (loaded_end - loaded_row) * groups_of_row();
   }
 
-  // Tiles that it walks over: those of its super tokens, and one further on every side. Not kept in registers.
+  // Rows of those tiles. Not kept in registers.
   __device__ int walked_row() const { return larger(first_row - 1, 0); }
   __device__ int walked_end() const { return smaller(end_row + 1, shape.gh); }
-  __device__ int column0() const { return larger(first_column - 1, 0); }
-  __device__ int column_end() const { return smaller(end_column + 1, shape.gw); }
+  __device__ int groups_of_row() const { return (column_end - column0 + walk.group - 1) / walk.group; }
 
-  __device__ Group at(int index) const {
-    const int line = groups_of_row.quotient(index);
-    const int column = column0() + (index - line * int(groups_of_row.d)) * group;
-    return {loaded_row + line, column, smaller(group, column_end() - column)};
+  __device__ Group first() const { return {loaded_row, column0, smaller(walk.group, column_end - column0), 0}; }
+  __device__ void advance(Group& group) const {
+    group.stage += group.tiles;
+    if (group.stage >= walk.stages) group.stage -= walk.stages;
+    group.column += group.tiles;
+    if (group.column == column_end) {
+      group.column = column0;
+      ++group.row;
+    }
+    group.tiles = smaller(walk.group, column_end - group.column);
   }
-  __device__ bool walked(int index) const { return index >= first_walked && index < end_walked; }
-  __device__ bool owns(int row, int column) const {
-    return row >= first_row && row < end_row && column >= first_column && column < end_column;
-  }
+  __device__ bool walks(const Group& group) const { return group.row >= walked_row() && group.row < walked_end(); }
+  __device__ bool owns_row(int row) const { return row >= first_row && row < end_row; }
+  __device__ bool owns_column(int column) const { return column >= first_column && column < end_column; }
 };
 
 }  // namespace stvit

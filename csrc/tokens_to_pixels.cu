@@ -47,7 +47,7 @@ struct General {
       S token = inside ? S(gpu::widen(gpu::load(tokens + near_row * view.row + near_column * view.column))) : S(0);
       if (mass && inside) {
         const int64_t place = (image * shape.gh + near_row) * shape.gw + near_column;
-        token = gpu::widen(gpu::narrow<T>(token / (gpu::load(static_cast<const S*>(mass) + place) + S(1e-12))));
+        token = gpu::widen(gpu::narrow<T>(token / (gpu::load(static_cast<const S*>(mass) + place) + S(MASS_EPSILON))));
       }
       sum += S(gpu::widen(gpu::load(weights + k))) * token;
     }

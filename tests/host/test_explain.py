@@ -29,7 +29,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         asked.append((kind, pool, grad, *rest))
         *_, size, multiprocessors, shared_bytes = rest
         pools = pool and shared_bytes > 102400
-        return {"fits": size == 2, "pools": pools, "rows": 7, "columns": 4, "group": 3, "ahead": 2, "slots": 3,
+        return {"fits": size == 2, "pools": pools, "rows": 7, "columns": 4, "group": 3, "ahead": 2, "stages": 9,
                 "regions": 2 * multiprocessors, "reads": 1.25, "shared_bytes": 1536}  # fmt: skip
 
     module: Any = SimpleNamespace(plan=plan, build_info=lambda: {"device": "cuda"})

@@ -67,7 +67,7 @@ def test_plans_fit_and_cover_the_image(
     assert found["shared_bytes"] <= limits[1] and channels <= 384 and tile[0] * tile[1] <= 1024
     once = down * across == 1 and (found["pools"] or map_ != ASSOCIATE)
     assert found["reads"] >= 1 and (found["reads"] == 1) == once
-    assert 1 <= found["ahead"] <= 3 and found["slots"] > found["ahead"]
+    assert 1 <= found["ahead"] <= 3 and found["stages"] > found["ahead"] * found["group"]
     assert not found["pools"] or (map_ == ASSOCIATE and found["columns"] == grid[1])
 
 

@@ -1,0 +1,140 @@
+// Weights of a group's pixels: products with the 9 super tokens around, and the map on them. A warp takes 32 pixels at a
+// time. As a matrix instruction leaves the products, a pixel's nine lie in eight lanes; by way of shared memory each lane
+// gets one pixel whole. It leaves its weights for the sums, and 32 pixels' weights go to device memory together.
+#pragma once
+
+#include "maps.cuh"
+#include "walk_block.cuh"
+
+namespace stvit {
+
+template <typename T, Map MAP>
+struct Weigher {
+  static constexpr bool GIVEN = MAP != Map::associate;  // the weights are given
+  static constexpr bool TOKENS = MAP != Map::weighted;  // there are products
+
+  const Block<T>& b;
+
+  __device__ void weigh(const Group& group) const {
+    const int parts = group.tiles * int(b.a.parts.d), lane = b.lane();
+    if (2 * b.warp >= parts) return;
+    // What the lane gives to matrix loads: rows of the 16 neighbours, of which 9 are in use, and of 16 pixels.
+    const int k = lane % 16, up = k * 11 / 32;  // k / 3 up to 9
+    const int near = k < 9 ? b.place(group.row + up - 1, group.column + k - 3 * up - 1) : 4 * b.walk.known_columns;
+    const T* tokens = TOKENS ? b.token(near) + lane / 16 * 8 : nullptr;
+    const int next = k < 9 ? b.walk.stride : 0;  // from tile to tile
+    const int pixel0 = (lane / 16 * 8 + lane % 8) * b.walk.stride + lane / 8 % 2 * 8;
+#pragma unroll 1
+    for (int part = 2 * b.warp; part < parts; part += 2 * WALK_WARPS) {
+      char* scratch = b.scratch(part / 2);
+      if (TOKENS) {
+#pragma unroll 1
+        for (int half = 0; half < 2; ++half) {
+          const int sixteen = smaller(part + half, parts - 1), tile = b.a.parts.quotient(sixteen);
+          const int p0 = (sixteen - tile * int(b.a.parts.d)) * 16;
+          const T* pixels = b.pixel(b.stage(group, tile), p0) + pixel0;
+          multiply(scratch + half * 64, tokens + tile * next, pixels, lane);
+        }
+        gpu::warp_barrier();
+      }
+      weigh_pixel(scratch, group, part, parts);
+    }
+  }
+
+  // Products of the neighbours with 16 pixels.
+  __device__ void multiply(char* scratch, const T* tokens, const T* pixels, int lane) const {
+    float products[2][4] = {};
+    gpu::warp_barrier();
+#pragma unroll 4
+    for (int left = int(b.shape.channels); left > 0; left -= 16, tokens += 16, pixels += 16) {
+      uint32_t near[4], eights[4];
+      gpu::load_matrices(near, tokens);
+      gpu::load_matrices(eights, pixels);
+      gpu::multiply_add<T>(products[0], near, eights[0], eights[1]);
+      gpu::multiply_add<T>(products[1], near, eights[2], eights[3]);
+    }
+    char* to = scratch + lane / 4 * PRODUCTS_ROW + lane % 4 * 8;
+    for (int i = 0; i < 2; ++i) {
+      *reinterpret_cast<Two*>(to + i * 32) = {products[i][0], products[i][1]};
+      if (lane < 4) *reinterpret_cast<Two*>(to + 8 * PRODUCTS_ROW + i * 32) = {products[i][2], products[i][3]};
+    }
+  }
+
+  // One pixel of two of the `parts` sixteens of a group.
+  __device__ void weigh_pixel(char* scratch, const Group& group, int first, int parts) const {
+    const int lane = b.lane(), part = first + lane / 16;
+    const int tile = b.a.parts.quotient(part), p = (part - tile * int(b.a.parts.d)) * 16 + lane % 16;
+    const int line = b.a.width.quotient(p), in_line = p - line * b.shape.w, column = group.column + tile;
+    const int y = group.row * b.shape.h + line, x = column * b.shape.w + in_line;
+    const bool real = part < parts && p < int(b.a.tile.d);
+    const bool seen = real && y < int(b.shape.height) && x < int(b.shape.width);
+
+    float products[9] = {}, weights[9] = {};
+    if (TOKENS)
+#pragma unroll
+      for (int k = 0; k < 9; ++k) products[k] = reinterpret_cast<float*>(scratch + k * PRODUCTS_ROW)[lane];
+    if (GIVEN && seen) {
+      const int skipped = (b.weight(y, x) - in_line * 18 + b.misalignment() & 15) + in_line * 18;
+      char* stage = b.stage(group, tile);
+      read(weights, b.weight_row(stage, 0, line) + skipped);
+      if (MAP == Map::differentiate) {
+        float slopes[9] = {};
+        if (b.call.grad) read(slopes, b.weight_row(stage, 1, line) + skipped);
+#pragma unroll
+        for (int k = 0; k < 9; ++k)
+          products[k] += slopes[k] - *b.offset(b.place(group.row + k / 3 - 1, column + k % 3 - 1));
+      }
+    }
+    if (MAP == Map::associate) associate(products, float(b.call.scale));
+    if (MAP == Map::differentiate) differentiate(products, weights);
+    if (TOKENS) gpu::warp_barrier();  // all have read their products
+    const bool made = MAP == Map::associate || MAP == Map::differentiate;
+    leave(scratch + lane * 2, made ? products : weights, real, column);
+    if (!TOKENS) return;
+    char* stored = scratch + STORED_AT + lane * 18;
+#pragma unroll
+    for (int k = 0; k < 9; ++k) reinterpret_cast<T*>(stored)[k] = gpu::narrow<T>(products[k]);
+    gpu::warp_barrier();
+    const bool mine = seen && b.region.owns_row(group.row) && b.region.owns_column(column);
+    const int at = mine ? b.weight(y, x) : -1;
+    if (b.a.run == 8) return write<8>(scratch, at);
+    if (b.a.run == 4) return write<4>(scratch, at);
+    if (b.a.run == 2) return write<2>(scratch, at);
+    write<1>(scratch, at);
+  }
+
+  static __device__ void read(float (&to)[9], const char* from) {
+#pragma unroll
+    for (int k = 0; k < 9; ++k) to[k] = gpu::widen(reinterpret_cast<const T*>(from)[k]);
+  }
+
+  // For the sums, neighbour k = 3 up + left in the slot of its super token: 3 up + (column + left) % 3.
+  __device__ void leave(char* to, const float (&weights)[9], bool real, int column) const {
+    int turn = column % 3;
+#pragma unroll
+    for (int left = 0; left < 3; ++left) {
+      T* slot = reinterpret_cast<T*>(to + turn * WEIGHTS_ROW);
+#pragma unroll
+      for (int up = 0; up < 3; ++up)
+        slot[up * 3 * WEIGHTS_ROW / 2] = gpu::narrow<T>(real ? weights[3 * up + left] : 0.f);
+      turn = turn == 2 ? 0 : turn + 1;
+    }
+  }
+
+  // To device memory, RUN pixels in nine pieces. `at`: where this lane's pixel goes, -1: not at all.
+  template <int RUN>
+  __device__ void write(const char* scratch, int at) const {
+    using Piece = typename gpu::Bytes<2 * RUN>::type;
+    char* image = static_cast<char*>(b.call.out) + b.image_weights();
+#pragma unroll
+    for (int i = b.lane(); i < (9 * 32 / RUN + 31) / 32 * 32; i += 32) {
+      const int run = i / 9, piece = i - run * 9;
+      const int to = gpu::shuffle(at, run * RUN % 32);
+      if (to < 0 || run * RUN >= 32) continue;
+      const char* from = scratch + STORED_AT + run * RUN * 18 + piece * 2 * RUN;
+      gpu::store(reinterpret_cast<Piece*>(image + to + piece * 2 * RUN), *reinterpret_cast<const Piece*>(from));
+    }
+  }
+};
+
+}  // namespace stvit
