@@ -1,5 +1,6 @@
 """The sdist and the wheel hold what they must; checkout, editable install and wheel all import the kernels."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -105,7 +106,16 @@ def test_wheel_has_the_package_and_nothing_else(built):
     cuda = {f"stvit/csrc/{path.name}" for path in build.files(built.checkout / "csrc")}
     assert code == sources | kernels | cuda | {"stvit/py.typed"}
     metadata = {name.split("/", 1)[1] for name in built.wheel if ".dist-info/" in name}
-    assert "licenses/LICENSE" in metadata
+    assert {"licenses/LICENSE", "entry_points.txt"} <= metadata
+
+
+def test_console_scripts_name_functions():
+    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(scripts) == {"stvit-train", "stvit-info", "stvit-visualize"}
+    for target in scripts.values():
+        module, name = target.split(":")
+        assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_sdist_has_every_source(built):
