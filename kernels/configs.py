@@ -20,15 +20,21 @@ PROGRAMS = 512  # programs worth having before a run of tiles is made longer; ab
 
 
 class Blocks(NamedTuple):
-    """pixels and channels a program holds at a time (powers of two) and its warps."""
+    """pixels and channels of a block (powers of two), the warps of a program and the blocks of channels it holds."""
 
     pixels: int
     channels: int
     warps: int
+    blocks: int = 1
+
+    @property
+    def held(self) -> int:
+        """Channels that a program holds at a time."""
+        return self.channels * self.blocks
 
     def whole(self, channels: int) -> bool:
-        """Whether one block holds all channels of a pixel."""
-        return channels <= self.channels
+        """Whether a program holds all channels of a pixel."""
+        return channels <= self.held
 
 
 def accumulator(x: Tensor) -> tl.dtype:
@@ -41,14 +47,40 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def channel_block(channels: int) -> int:
+    """The widest block of channels that leaves few lanes idle: 32 at 96 channels, 64 at 192."""
+    for width in (256, 128, 64, 32):
+        if -(-channels // width) * width * 8 <= channels * 9:
+            return width
+    return 16
+
+
 def blocks(x: Tensor, tile: int) -> Blocks:
     """Blocks for pixels x (B, C, H, W) in tiles of `tile` pixels."""
-    wanted = max(16, power_of_two(x.shape[1]))
+    channels = x.shape[1]
     if x.element_size() > 2:
-        return Blocks(max(16, min(power_of_two(tile), EXACT_PIXELS)), min(wanted, EXACT_CHANNELS), 4)
-    channels = wanted if wanted <= WIDEST else 64
-    pixels = max(16, min(power_of_two(tile), ELEMENTS // channels, 128))
-    return Blocks(pixels, channels, 8 if pixels * channels > 4096 else 4)
+        width = min(max(16, power_of_two(channels)), EXACT_CHANNELS)
+        return Blocks(max(16, min(power_of_two(tile), EXACT_PIXELS)), width, 4)
+    width = channel_block(channels) if channels <= WIDEST else 64
+    held = -(-channels // width) if channels <= WIDEST else 1
+    pixels = max(16, min(power_of_two(tile), ELEMENTS // power_of_two(width * held), 128))
+    return Blocks(pixels, width, max(1, min(pixels // 16, 4), power_of_two(pixels * width * held) // 2048), held)
+
+
+def pooling(x: Tensor, tile: int) -> Blocks:
+    """Blocks of the pooling: one warp, so that no sum over pixels crosses warps through shared memory."""
+    width = min(128, channel_block(x.shape[1]))
+    return Blocks(max(1, min(power_of_two(tile), 8192 // width // x.element_size())), width, 1)
+
+
+def extent(x: Tensor, height: int, width: int) -> int:
+    """The largest offset within a window of x (B, C, H, W) that is so high and wide."""
+    return (height - 1) * x.stride(2) + (width - 1) * x.stride(3) + (x.shape[1] - 1) * x.stride(1)
+
+
+def index(*extents: int) -> tl.dtype:
+    """The dtype of offsets up to these: a 64-bit product takes four times the instructions of a 32-bit one."""
+    return tl.int32 if max(extents) < 2**31 else tl.int64
 
 
 def run_length(images: int, gh: int, gw: int) -> int:
@@ -58,7 +90,7 @@ def run_length(images: int, gh: int, gw: int) -> int:
     return -(-gw // segments)
 
 
-def fold(channels: int) -> Blocks:
-    """Super tokens and channels that a program of the fold takes."""
-    width = min(128, max(16, power_of_two(channels)))
-    return Blocks(max(1, 512 // width), width, 2)
+def fold(channels: int, gw: int) -> Blocks:
+    """Super tokens of a row, and channels, that a program of the fold takes."""
+    width = min(128, channel_block(channels))
+    return Blocks(min(512 // width, power_of_two(gw)), width, 2)

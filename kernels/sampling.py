@@ -11,13 +11,49 @@ x wider than one block of channels is read once more by each round.
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..geometry import grid_size
 from ..tensors import accumulator, by_pixel, empty_pixels, empty_weights, is_channels_last
+from . import configs
 from .pixels_to_tokens import ASSOCIATE, DIFFERENTIATE, pixels_to_tokens
 from .pooling import pooling
+from .tiles import EPSILON, tile_corner
 from .tokens_to_pixels import tokens_to_pixels
+
+
+@triton.jit
+def offset_kernel(
+    grad, grad_stride_b, grad_stride_c, grad_stride_h, grad_stride_w,  # (B, C, gh, gw)
+    stokens, stokens_stride_b, stokens_stride_c, stokens_stride_h, stokens_stride_w,  # (B, C, gh, gw)
+    mass,  # (B, gh, gw)
+    offset,  # (B, gh, gw), written
+    gh, gw, C: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """One program: <dS, S> / mass of one super token, what division by the mass adds to the gradient of the weights."""
+    place = tl.program_id(0)
+    column, row, image = place % gw, place // gw % gh, (place // gw // gh).to(tl.int64)
+    c = tl.arange(0, CHANNELS).to(tl.int64)
+    m = tl.load(mass + place)
+    at = tile_corner(image, row, column, 1, 1, grad_stride_b, grad_stride_h, grad_stride_w) + c * grad_stride_c
+    ds = tl.load(grad + at, mask=c < C, other=0.0).to(m.dtype)
+    at = tile_corner(image, row, column, 1, 1, stokens_stride_b, stokens_stride_h, stokens_stride_w)
+    s = tl.load(stokens + at + c * stokens_stride_c, mask=c < C, other=0.0).to(m.dtype)
+    tl.store(offset + place, tl.sum(ds * s) / (m + EPSILON))
+
+
+def offsets(grad: Tensor, stokens: Tensor, mass: Tensor) -> Tensor:
+    """<dS, S> / mass (B, 1, gh, gw) from dS and S (B, C, gh, gw)."""
+    offset = torch.empty_like(mass)
+    if mass.numel():
+        with torch.cuda.device_of(mass):
+            offset_kernel[(mass.numel(),)](
+                grad, *grad.stride(), stokens, *stokens.stride(), mass, offset, *mass.shape[2:],
+                C=grad.shape[1], CHANNELS=configs.power_of_two(grad.shape[1]), num_warps=1,
+            )  # fmt: skip
+    return offset
 
 
 def sample(x: Tensor, tokens: Tensor, h: int, w: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,10 +104,9 @@ def sampling_backward_full(
     grad_x: Tensor | None = None
     for tokens, (stokens, weights, mass) in zip(reversed(rounds), reversed(saved), strict=True):
         dlogit, grad_tokens = empty_weights(x), torch.empty_like(tokens)
-        offset = (grad.to(mass.dtype) * stokens).sum(1, keepdim=True) / (mass + 1e-12)
         pixels_to_tokens(
             DIFFERENTIATE, x, grad, weights, grad_tokens, h, w,
-            scale=scale, out=dlogit, mass=mass, offset=offset.contiguous(), grad=grad_weights,
+            scale=scale, out=dlogit, mass=mass, offset=offsets(grad, stokens, mass), grad=grad_weights,
         )  # fmt: skip
         means = grad_tokens.permute(0, 2, 3, 1).contiguous() if tokens is rounds[0] else None
         part = empty_pixels(x, *x.shape[1:], is_channels_last(x))

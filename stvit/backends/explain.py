@@ -137,7 +137,7 @@ def _triton(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     blocks = configs.blocks(torch.empty(shape[:4], dtype=dtype, device="meta"), shape.h * shape.w)
     gh, gw = grid_size(shape.height, shape.width, (shape.h, shape.w))
     run = configs.run_length(shape.batch, gh, gw)
-    return {"reasons": [], **blocks._asdict(), "whole": blocks.whole(shape.channels), "run": run}
+    return {"reasons": [], **blocks._asdict(), "held": blocks.held, "whole": blocks.whole(shape.channels), "run": run}
 
 
 def as_text(told: dict[str, Any]) -> str:
@@ -157,7 +157,7 @@ def as_text(told: dict[str, Any]) -> str:
         op = step["op"]
     lines += ["", "triton", *(f"  - {reason}" for reason in told["triton"]["reasons"])]
     if not told["triton"]["reasons"]:
-        lines.append("  programs hold {pixels} pixels x {channels} channels in {warps} warps".format(**told["triton"]))
+        lines.append("  programs hold {pixels} pixels x {held} channels in {warps} warps".format(**told["triton"]))
         lines.append(f"  and sum along {told['triton']['run']} of the tiles in a row of the grid")
         if not told["triton"]["whole"]:
             lines.append(
