@@ -32,7 +32,12 @@ sys.path.insert(0, str(ROOT))
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 CACHE = Path(tempfile.gettempdir()) / f"stvit-sass-{os.getuid()}"
 # nvcc's names of what the emulated device calls otherwise.
-NAMES = {"NS_3gpu8bfloat16E": "13__nv_bfloat16", "NS_3gpu4halfE": "6__half", "16S2_E": "16S1_E", "halfS2_E": "halfS1_E"}
+NAMES = {
+    "NS_3gpu8bfloat16E": "13__nv_bfloat16",
+    "NS_3gpu4halfE": "6__half",
+    "13__nv_bfloat16S2_": "13__nv_bfloat16S1_",
+    "6__halfS2_": "6__halfS1_",
+}
 SHAPES = {
     "stage 1": ((128, 64, 56, 56), (8, 8)),
     "stage 2": ((128, 128, 28, 28), (4, 4)),
