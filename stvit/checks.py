@@ -64,7 +64,7 @@ def check_sampling(x: Any, stoken_size: Any, n_iter: Any, scale: Any) -> tuple[t
         return tile, iterations, x.shape[1] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a float or None (C ** -0.5), got {scale!r} of type {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite float, got {scale!r}")
     return tile, iterations, float(scale)
 
@@ -140,6 +140,6 @@ def check_norm(x: Any, weight: Any, bias: Any, eps: Any) -> float:
     check_matching(bias, "bias", x, (x.shape[1],))
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a float, got {eps!r} of type {type(eps).__name__}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:  # unlike math.isfinite, torch.compile(dynamic=True) can trace it
         raise ValueError(f"eps: expected a finite float of at least 0, got {eps!r}")
     return float(eps)

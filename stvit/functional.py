@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +15,18 @@ from .backends.channel_layer_norm import NormAndSkip
 from .checks import check_branch, check_depthwise, check_norm, check_sampling, check_upsampling
 from .geometry import Association
 from .tensors import autocast, autocast_dtype, is_channels_last, without_autocast
+
+# Steps of their own to torch.fx, whose proxies have neither shape nor dtype to choose a kernel by.
+for _name in (
+    "super_token_sampling",
+    "token_upsampling",
+    "residual_depthwise",
+    "channel_layer_norm",
+    "channel_layer_norm_and_skip",
+    "residual_branch",
+    "multi_head_attention",
+):
+    torch.fx.wrap(_name)
 
 
 def super_token_sampling(

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,6 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from .checks import check_images
 from .modules import SuperTokenBlock
 from .tensors import laid_out
+
+# Steps of their own to torch.fx, whose proxies have neither shape nor strides.
+for _name in ("check_images", "laid_out"):
+    torch.fx.wrap(_name)
 
 # What tells the models apart. Everywhere: tiles of 8, 4, 1, 1 pixels a side, one iteration, MLP ratio 4.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -140,6 +145,7 @@ class STViT(nn.Module):
 
     Shape: (B, in_chans, H, W) -> (B, num_classes), any H and W, in float16, bfloat16, float32 or float64, in either
     memory format; everything inside runs in channels_last, images in the other format are converted once.
+    Parameters are contiguous; `model.to(memory_format=torch.channels_last)` saves a copy of seven small weights a step.
 
     Raises TypeError or ValueError naming the argument; `forward` does so for images of a wrong rank, channel count or
     dtype. The methods are those that timm's tools call; `forward_stages` serves detection and segmentation.
@@ -221,8 +227,7 @@ class STViT(nn.Module):
         self.proj: nn.Module = nn.Conv2d(embed_dim[-1], projection, 1) if projection else nn.Identity()
         self.norm: nn.Module = nn.BatchNorm2d(self.num_features)
         self.reset_classifier(num_classes, global_pool)
-        # The format of everything inside; images are converted once.
-        self.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(device=device, dtype=dtype)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the head by a fresh one (0 classes: none) and, if named, the pooling."""

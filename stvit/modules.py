@@ -10,12 +10,55 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
 from .backends import dispatch
 from .checks import check_pixels, stoken_pair
-from .tensors import is_channels_last, laid_out
+from .tensors import autocast, is_channels_last, laid_out, transformed
+
+# Steps of their own to torch.fx, whose proxies have neither shape nor strides.
+for _name in ("_check_channels", "_drop_factors", "_in_format_of", "autocast"):
+    torch.fx.wrap(_name)
+
+
+def silent(*passed_over: nn.Module) -> bool:
+    """Whether nothing is lost when these modules' parameters are used and the modules themselves are not called.
+
+    Hooks also stand for pruning, old-style spectral and weight norm, and adapters that put their own forward in place.
+    """
+    if nn.modules.module._has_any_global_hook():
+        return False
+    return not any(
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in part.__dict__
+        for part in passed_over
+    )
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a submodule is of this very class (a parametrization or an adapter is another) and `silent`.
+
+    If so its parameters may be used without calling it; any other is called.
+    """
+    return type(module) is kind and silent(module)
+
+
+def _check_channels(x: Tensor, dim: int) -> None:
+    check_pixels(x)
+    if x.shape[1] != dim:
+        raise ValueError(f"x: expected {dim} channels (dim), got shape {tuple(x.shape)}")
+
+
+def _drop_factors(x: Tensor, gamma: Tensor | None, keep: float) -> Tensor:
+    """A factor (B,) for each sample of x, 0 or 1 / keep, in the dtype of gamma * x."""
+    dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
+    return x.new_empty(x.shape[0], 1, 1, 1, dtype=dtype).bernoulli_(keep).div_(keep).view(-1)
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -33,6 +76,9 @@ class LayerNorm2d(nn.Module):
 
     def forward(self, x: Tensor, and_skip: bool = False) -> Any:
         """y, or with `and_skip` (y, x), the latter for the skip connection: the norm's backward adds its gradient."""
+        if not plain(self.norm, nn.LayerNorm):
+            y = autocast(_in_format_of(x, self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)))
+            return (y, x) if and_skip else y
         run = functional.channel_layer_norm_and_skip if and_skip else functional.channel_layer_norm
         return run(x, self.norm.weight, self.norm.bias, self.norm.eps, self.backend)
 
@@ -50,6 +96,9 @@ class ResidualDepthwise(nn.Module):
         self.backend = dispatch.check_backend(backend)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not plain(self.conv, nn.Conv2d):
+            h = F.gelu(x) if self.gelu else x
+            return _in_format_of(x, h + self.conv(h).to(h.dtype))
         return functional.residual_depthwise(x, self.conv.weight, self.conv.bias, self.gelu, self.backend)
 
 
@@ -102,9 +151,7 @@ class DropPath(nn.Module):
         """Each sample's factor (B,), 0 or 1 / keep, or None where nothing is dropped; in the dtype of gamma * x."""
         if self.drop_prob == 0.0 or not self.training:
             return None
-        keep = 1.0 - self.drop_prob
-        dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
-        return x.new_empty(x.shape[0], 1, 1, 1, dtype=dtype).bernoulli_(keep).div_(keep).view(-1)
+        return _drop_factors(x, gamma, 1.0 - self.drop_prob)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3g}"
@@ -142,7 +189,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.qkv(x).flatten(2).transpose(1, 2)  # (B, N, 3C): contiguous as it is in channels_last
         backend = dispatch.default_backend() if self.backend == "auto" else self.backend
-        if backend == "reference":
+        if backend == "reference" or transformed() or not plain(self.attn_drop, nn.Dropout):
             y = self._explicit(tokens)
         else:
             drop = self.attn_drop.p if self.training else 0.0
@@ -157,7 +204,8 @@ class Attention(nn.Module):
 
     def _heads(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Views q, k, v of the one product, each (B, heads, N, head_dim)."""
-        return tuple(part.transpose(1, 2) for part in tokens.unflatten(2, (self.num_heads, 3, -1)).unbind(3))
+        parts = tokens.unflatten(2, (self.num_heads, 3, -1)).unbind(3)
+        return tuple(parts[i].transpose(1, 2) for i in range(3))  # by index: torch.fx can't iterate
 
     def _explicit(self, tokens: Tensor) -> Tensor:
         q, k, v = self._heads(tokens)
@@ -251,9 +299,7 @@ class StokenAttention(nn.Module):
         Upsampling is linear, so drop-path scales the super tokens, few as they are, and the residual is added where the
         pixels are written. Not so with LayerScale (gamma (C,)), which may make the sum float32 under autocast.
         """
-        check_pixels(x)
-        if x.shape[1] != self.dim:
-            raise ValueError(f"x: expected {self.dim} channels (dim), got shape {tuple(x.shape)}")
+        _check_channels(x, self.dim)
         if residual is not None and (gamma is not None or self.stoken_size == (1, 1)):
             y = self._attend(x)
             keep = None if drop_path is None else drop_path.factors(y, gamma)
@@ -333,8 +379,17 @@ class SuperTokenBlock(nn.Module):
             self.register_parameter(name, gamma)
 
     def forward(self, x: Tensor) -> Tensor:
-        y, x = self.norm1(self.pos_embed(x), and_skip=True)
+        x = self.pos_embed(x)
+        y, x = self.norm1(x, and_skip=True) if plain(self.norm1, LayerNorm2d) else (self.norm1(x), x)
         gamma_1, gamma_2 = (None if g is None else g.view(-1) for g in (self.gamma_1, self.gamma_2))
-        x = self.attn(y, x, gamma_1, self.drop_path)
-        y = self.mlp2(self.norm2(x))
-        return functional.residual_branch(x, y, gamma_2, self.drop_path.factors(y, gamma_2), self.backend)
+        if plain(self.attn, StokenAttention) and plain(self.drop_path, DropPath):
+            x = self.attn(y, x, gamma_1, self.drop_path)
+        else:
+            x = self._joined(x, self.attn(y), gamma_1)
+        return self._joined(x, self.mlp2(self.norm2(x)), gamma_2)
+
+    def _joined(self, x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
+        """x + drop_path(gamma * y)."""
+        if plain(self.drop_path, DropPath):
+            return functional.residual_branch(x, y, gamma, self.drop_path.factors(y, gamma), self.backend)
+        return x + self.drop_path(y if gamma is None else gamma.view(1, -1, 1, 1) * y)

@@ -9,8 +9,8 @@ import re
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial, reduce
+from contextlib import AbstractContextManager, contextmanager
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.harness.calls import watched
 from bench.traffic.fake import backward, cuda_autocast, fake_gpu, triton_launches
 from bench.traffic.per_op import Traffic, arguments, category, nbytes, traffic
 from stvit.modules import Attention, StokenAttention
@@ -142,14 +143,16 @@ class Scopes:
         self.stack = [OUTSIDE]
         self.changes: list[int] = [0]
         self.scopes = [OUTSIDE]
-        for name, module in model.named_modules():
-            module.register_forward_pre_hook(partial(self._enter, name))
-            module.register_forward_hook(self._leave)
+        self.names = {module: name for name, module in model.named_modules()}
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Within the block the scope follows the model's calls."""
+        return watched(self.names, self._enter, self._leave)
 
     def of(self, node: Any) -> Scope:
         return self.scopes[bisect_right(self.changes, node._sequence_nr()) - 1]
 
-    def _enter(self, name: str, module: nn.Module, inputs: Any) -> None:
+    def _enter(self, name: str, module: nn.Module) -> None:
         block = BLOCK.match(name)
         hint = self.stack[-1].hint
         if isinstance(module, Attention):
@@ -159,7 +162,7 @@ class Scopes:
         self.stack.append(Scope(block.group() if block else OUTSIDE.block, hint))
         self._changed()
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _leave(self) -> None:
         self.stack.pop()
         self._changed()
 
@@ -217,7 +220,8 @@ def _on_fake_gpu(
     with fake_gpu():
         model.to_empty(device="cuda")
         images = torch.empty((batch, 3, size, size), dtype=held, device="cuda", memory_format=memory_format)
-        yield model, images, counter, scopes
+        with scopes.kept():
+            yield model, images, counter, scopes
 
 
 class Saved:

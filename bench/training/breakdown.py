@@ -13,7 +13,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
+from bench.harness.calls import watched
 from bench.harness.categories import is_convolution, of_op
 
 SCOPE = "part: "  # begins the names of the ranges that mark parts of the network
@@ -224,26 +224,19 @@ def part_of(module: str, tiled_stages: Iterable[int]) -> str | None:
 @contextmanager
 def _marked(model: nn.Module | None) -> Iterator[None]:
     """Within the block every forward of a part of the network is a range of the profile."""
-    handles: list[Any] = []
     ranges: list[record_function] = []
 
     def enter(part: str, *_: Any) -> None:
         ranges.append(record_function(SCOPE + part))
         ranges[-1].__enter__()
 
-    def leave(*_: Any) -> None:
+    def leave() -> None:
         ranges.pop().__exit__(None, None, None)
 
     tiled = _tiled_stages(model) if model is not None else set()
-    for name, module in model.named_modules() if model is not None else ():
-        part = part_of(name, tiled)
-        if part:
-            handles += [module.register_forward_pre_hook(partial(enter, part)), module.register_forward_hook(leave)]
-    try:
+    parts = {module: part_of(name, tiled) for name, module in model.named_modules()} if model is not None else {}
+    with watched({module: part for module, part in parts.items() if part}, enter, leave):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tiled_stages(model: nn.Module) -> set[int]:

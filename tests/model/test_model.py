@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
@@ -154,7 +155,7 @@ def test_reset_classifier() -> None:
     with pytest.raises(ValueError, match="^num_classes: expected"):
         model.reset_classifier(3)
     with pytest.raises(ValueError, match="^global_pool: expected"):
-        model.reset_classifier(3, "max")
+        model.reset_classifier(3, "median")
     assert stvit.stvit_tiny(num_classes=0, global_pool="").num_classes == 0
 
 
@@ -307,3 +308,29 @@ def test_batched_models_images_and_gradients() -> None:
     model(x).square().sum().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(per_sample[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("training", [False, True])
+def test_traced_by_fx(backend: str, training: bool) -> None:
+    """The functions are steps of the traced graph; what they choose by shape is chosen when it runs."""
+    model = shaken(smallest(drop_path_rate=0.3, layerscale=(False, True, False, True), backend=backend)).train(training)
+    traced = torch.fx.symbolic_trace(model)
+    for size in ((2, 3, 40, 33), (1, 3, 64, 64)):
+        x = torch.randn(size)
+        outputs = []
+        for forward in (model, traced):
+            torch.manual_seed(0)
+            outputs.append(forward(x))
+        torch.testing.assert_close(*outputs)
+    with pytest.raises(ValueError, match="x: expected 3 channels"):
+        traced(torch.randn(1, 4, 32, 32))
+
+
+def test_torchvision_and_timm_extract_features_by_tracing() -> None:
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model, x = shaken(smallest()).eval(), torch.randn(1, 3, 64, 64)
+    names = {"layers.0.blocks.0.mlp2.fc2": "inner", "norm": "last"}
+    found = feature_extraction.create_feature_extractor(model, names)(x)
+    torch.testing.assert_close(F.silu(found["last"]), model.forward_features(x))
+    assert found["inner"].shape == (1, 8, 16, 16)
