@@ -53,7 +53,7 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
 
-def accelerate(model: Model, backend: str = "auto", *, verify: bool = True) -> Model:
+def accelerate(model: Model, backend: str = "auto", *, verify: bool = True, keep_format: bool | None = None) -> Model:
     """Makes the parts of STViT in `model` run on this package's kernels, in place, and returns it.
 
     Super token attention, multi-head attention by 1x1 convolutions, the convolutional MLP, residual depthwise
@@ -69,7 +69,10 @@ def accelerate(model: Model, backend: str = "auto", *, verify: bool = True) -> M
             training mode without dropout, on a copy with random parameters in float64, outputs and all gradients.
             What differs or raises is left alone. Decides whether the association gets a gradient, too. False trusts
             structure, and takes the association for a constant. The model, its buffers and the random state are not
-            touched either way. Takes about a second on one CPU core for a published STViT.
+            touched either way. Takes some seconds on one CPU core for a published STViT.
+        keep_format: whether a swapped module whose original answers images in channels_last in the other memory format
+            (as the authors' norm does) goes on doing so, for code behind it that asks for a `view`. None: where some
+            part was left as it is. True costs a copy for each. Known from the trial.
 
     What was swapped, and what was left and why, is logged by the logger "stvit" (level INFO) and told by
     `accelerate_report(model)`. `restore(model)` undoes it.
@@ -78,15 +81,21 @@ def accelerate(model: Model, backend: str = "auto", *, verify: bool = True) -> M
     """
     _check(model)
     dispatch.check_backend(backend)
+    for part in model.modules():
+        if isinstance(part, Accelerated) and part.changed():
+            take_away(part)
     findings = list(_examine(model, verify))
+    if keep_format is None:
+        keep_format = any(finding.reason for finding in findings)
     for finding in findings:
         module = finding.module
         if finding.kind and not finding.reason and not isinstance(module, Accelerated):
             put_in_front(finding.kind, module)
             for name, value in finding.settings.items():
                 setattr(module, name, value)
+            module._stvit_parameters = module.used(module)
         if isinstance(module, Accelerated):
-            module._stvit_backend = backend
+            module._stvit_backend, module._stvit_keep_format = backend, keep_format
         elif not finding.kind:
             vars(module).setdefault(OURS_BEFORE, module.backend)
             module.backend = backend
@@ -170,8 +179,10 @@ def _report(findings: Iterable[_Finding]) -> Report:
     for name, module, kind, _, reason in findings:
         if kind is None:
             report.swapped[name] = f"{type(module).__name__} of this package, backend={module.backend!r}"
-        elif isinstance(module, Accelerated):
+        elif isinstance(module, Accelerated) and not module.changed():
             report.swapped[name] = module.remark()
+        elif isinstance(module, Accelerated):
+            report.left[name] = f"{module.changed()} since it was swapped"
         else:
             report.left[name] = reason or NOT_YET
     return report

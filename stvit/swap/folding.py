@@ -28,8 +28,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .. import functional
 from ..backends import dispatch
 from ..model import STViT
-from ..modules import Attention, Mlp, ResidualDepthwise, SuperTokenBlock
-from .kinds import AcceleratedAttention, AcceleratedDepthwise, AcceleratedMlp, Subclassed, put_in_front, silent
+from ..modules import Attention, Mlp, ResidualDepthwise, SuperTokenBlock, plain, silent
+from .kinds import AcceleratedAttention, AcceleratedDepthwise, AcceleratedMlp, Subclassed, put_in_front
 from .trial import TOLERANCE, device_of, exact_dtype, random_double, undisturbed
 
 logger = logging.getLogger("stvit")
@@ -200,7 +200,7 @@ def _fold_residuals(model: nn.Module) -> Counter[str]:
     for part in parts:
         for name, child in list(part._modules.items()):
             folded: Any = None
-            if type(child) is ResidualDepthwise and silent(child, child.conv):
+            if type(child) is ResidualDepthwise and silent(child) and plain(child.conv, nn.Conv2d):
                 folded = FoldedDepthwise(child.conv, child.gelu, child.backend)
             elif isinstance(child, AcceleratedDepthwise) and child.covers(child) and silent(child):
                 gelu = isinstance(part, AcceleratedMlp) and part.covers(part)

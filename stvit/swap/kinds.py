@@ -9,6 +9,7 @@ go on as before, and the original forward is there, as super().forward, for ever
 from __future__ import annotations
 
 import copyreg
+import logging
 import types
 from functools import cache
 from typing import Any
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 from .. import functional
 from ..backends import dispatch
 from ..checks import stoken_pair
-from ..tensors import DTYPES, is_channels_last, memory_format
+from ..modules import silent
+from ..tensors import DTYPES, is_channels_last, memory_format, transformed
+
+logger = logging.getLogger("stvit")
+INTERNALS = frozenset(vars(nn.Module()))
+PLAIN = (bool, int, float, str, type(None))
 
 
 class Subclassed(nn.Module):
@@ -74,14 +80,6 @@ def _empty_instance(original: Any, *fronts: Any) -> Any:
     return original.__new__(original)
 
 
-def silent(*passed_over: nn.Module) -> bool:
-    """Whether nothing is lost when these modules' parameters are used and the modules themselves are not called."""
-    return not any(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-        for part in passed_over
-    )
-
-
 def _idle(drop: nn.Module) -> bool:
     """Whether this nn.Dropout (or nn.Identity) passes its input on."""
     return not drop.training or getattr(drop, "p", 0.0) == 0.0
@@ -107,13 +105,51 @@ class Accelerated(Subclassed):
     # Values of settings to try, and what to say when each agrees in its output and none in its gradient.
     variants: tuple[dict[str, Any], ...] = ({},)
     unlike: str | None = None
+    # Plain attributes that `compute` reads at each call, so that they may change.
+    reads: frozenset[str] = frozenset()
     _stvit_backend: str
+    _stvit_answers_nchw = False  # whether the original's output isn't in channels_last when the input is
+    _stvit_keep_format = False  # whether ours is then put in that format too
+    _stvit_changed: str | None = None  # which attribute was set since, if any
+    _stvit_told = False
+    _stvit_parameters: tuple[Tensor | None, ...] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith(("_stvit_", "__")) and name not in INTERNALS | self.reads and isinstance(value, PLAIN):
+            if name not in vars(self) or vars(self)[name] != value:
+                vars(self)["_stvit_changed"] = f"its attribute {name} was set"
+        super().__setattr__(name, value)
+
+    def changed(self) -> str | None:
+        """Why the module may compute something else than when it was tried, or None.
+
+        Its parameters, where ours are used without a call, are held to be the same objects: a tool that folds the
+        identity into a convolution gives it new ones. (Not looked up while compiling.)
+        """
+        if self._stvit_changed is None and not torch.compiler.is_compiling():
+            now = self.used(self)
+            if len(now) != len(self._stvit_parameters) or any(
+                a is not b for a, b in zip(now, self._stvit_parameters, strict=True)
+            ):
+                return "its parameters were replaced"
+        return self._stvit_changed
+
+    def _as_tried(self) -> bool:
+        reason = self.changed()
+        if reason and not self._stvit_told and not torch.compiler.is_compiling():
+            self._stvit_told = True
+            logger.warning(
+                "accelerate: %s since, so a %s runs its own forward; stvit.accelerate tries it again",
+                reason, vars(type(self))["stvit_original"].__name__,
+            )  # fmt: skip
+        return reason is None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and self.covers(self):
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and not transformed() and self.covers(self):
             x = args[0]
-            if x.dim() == 4 and x.dtype in DTYPES:
-                return self.compute(self, x, self._stvit_backend)
+            if x.dim() == 4 and x.dtype in DTYPES and self._as_tried():
+                y = self.compute(self, x, self._stvit_backend)
+                return y.contiguous() if self._stvit_keep_format and self._stvit_answers_nchw else y
         return super().forward(*args, **kwargs)
 
     @staticmethod
@@ -135,14 +171,19 @@ class Accelerated(Subclassed):
         raise NotImplementedError
 
     @staticmethod
+    def used(module: Any) -> tuple[Tensor | None, ...]:
+        """Parameters of submodules that `compute` uses without calling them."""
+        return ()
+
+    @staticmethod
     def settings(module: Any) -> dict[str, Any]:
         """Attributes that `compute` needs beside the module's own; their names start with _stvit_."""
         return {}
 
     @staticmethod
     def trial_sizes(module: Any) -> list[tuple[int, int]]:
-        """Images (H, W) to try the module with: the first that its own forward accepts."""
-        return [(5, 6)]
+        """Images (H, W) to try the module with, the first few that its own forward accepts."""
+        return [(5, 6), (1, 1), (9, 7)]
 
     def remark(self) -> str:
         """What runs in the place of what, for reports."""
@@ -167,6 +208,10 @@ class AcceleratedNorm(Accelerated):
     @staticmethod
     def covers(module: Any) -> bool:
         return type(module.norm) is nn.LayerNorm and silent(module.norm)
+
+    @staticmethod
+    def used(module: Any) -> tuple[Tensor | None, ...]:
+        return module.norm.weight, module.norm.bias
 
     @staticmethod
     def compute(module: Any, x: Tensor, backend: str) -> Tensor:
@@ -198,6 +243,10 @@ class AcceleratedDepthwise(Accelerated):
     @staticmethod
     def covers(module: Any) -> bool:
         return type(module.conv) is nn.Conv2d and silent(module.conv)
+
+    @staticmethod
+    def used(module: Any) -> tuple[Tensor | None, ...]:
+        return module.conv.weight, module.conv.bias
 
     @staticmethod
     def compute(module: Any, x: Tensor, backend: str) -> Tensor:
@@ -235,7 +284,7 @@ class AcceleratedMlp(Accelerated):
     @staticmethod
     def covers(module: Any) -> bool:
         act, drop, conv = getattr(module, module._stvit_act), module.drop, module.conv
-        swapped = isinstance(conv, AcceleratedDepthwise) and AcceleratedDepthwise.covers(conv)
+        swapped = isinstance(conv, AcceleratedDepthwise) and conv.covers(conv) and conv._as_tried()
         return swapped and type(act) is nn.GELU and _idle(drop) and silent(act, drop, module.conv)
 
     @staticmethod
@@ -258,6 +307,7 @@ class AcceleratedAttention(Accelerated):
     """
 
     does = "scaled_dot_product_attention"
+    reads = frozenset(("num_heads", "scale"))
 
     @staticmethod
     def resembles(module: nn.Module) -> bool:
@@ -287,6 +337,10 @@ class AcceleratedAttention(Accelerated):
         return backend != "reference" and (drop is None or (_idle(drop) and silent(drop)))
 
     @staticmethod
+    def trial_sizes(module: Any) -> list[tuple[int, int]]:
+        return [(5, 6), (1, 1), (15, 17)]  # the last one larger than windows of 7 or 14 pixels
+
+    @staticmethod
     def compute(module: Any, x: Tensor, backend: str) -> Tensor:
         tokens = module.qkv(x).flatten(2).transpose(1, 2).contiguous()  # (B, N, 3C): no copy in channels_last
         y = functional.multi_head_attention(tokens, module.num_heads, module.scale)
@@ -298,30 +352,31 @@ class AcceleratedAttention(Accelerated):
 class AcceleratedStokenAttention(Accelerated):
     """Super token attention by `super_token_sampling` and `token_upsampling`.
 
-    Structure: `unfold` and `fold` with constant one-hot `weights` (9, 1, 3, 3), any `stoken_refine` or none; attributes
+    Structure: `unfold` and `fold`, each with a constant one-hot (9, 1, 3, 3) tensor or without tensors, or neither of
+    them but a `stoken_refine`, which is any module or missing otherwise; attributes
     `stoken_size` or `kernel_size`, `n_iter` or `layers` (1 if neither), `scale` (C ** -0.5 if missing), `refine`
     (true if missing). All are read at each call, except a tile held in a tensor, which is read once.
     """
 
     does = "super token sampling and upsampling"
+    reads = frozenset(("stoken_size", "kernel_size", "n_iter", "layers", "scale", "refine"))
     variants = ({"_stvit_association_grad": False}, {"_stvit_association_grad": True})
     unlike = "its gradient is neither that of a constant association nor the whole one"
 
     @staticmethod
     def resembles(module: nn.Module) -> bool:
-        return {"unfold", "fold"} <= set(module._modules)
+        names = set(module._modules)
+        return {"unfold", "fold"} <= names or (names == {"stoken_refine"} and hasattr(module, "stoken_size"))
 
     @staticmethod
     def misfit(module: Any) -> str | None:
         if not set(module._modules) <= {"unfold", "fold", "stoken_refine"}:
             return f"submodules are {', '.join(module._modules)}; expected unfold, fold and stoken_refine"
-        for name in ("unfold", "fold"):
-            weights = getattr(module._modules[name], "weights", None)
-            if not isinstance(weights, Tensor) or weights.shape != (9, 1, 3, 3):
-                return f"{name} has no weights of shape (9, 1, 3, 3)"
-            one_hot = torch.eye(9, dtype=weights.dtype).reshape(9, 1, 3, 3)
-            if weights.requires_grad or not torch.equal(weights.cpu(), one_hot):
-                return f"{name}.weights aren't constant one-hot kernels"
+        for name in {"unfold", "fold"} & set(module._modules):
+            part: Any = module._modules[name]
+            for key, tensor in (*part.named_parameters(), *part.named_buffers()):
+                if tensor.requires_grad or not is_one_hot(tensor):
+                    return f"{name}.{key} aren't constant one-hot kernels (9, 1, 3, 3)"
         try:
             _pair(getattr(module, _tile_name(module)))
         except (AttributeError, TypeError, ValueError) as error:
@@ -335,7 +390,7 @@ class AcceleratedStokenAttention(Accelerated):
 
     @staticmethod
     def covers(module: Any) -> bool:
-        return silent(module.unfold, module.fold)
+        return silent(*(module._modules[name] for name in ("unfold", "fold") if name in module._modules))
 
     @staticmethod
     def compute(module: Any, x: Tensor, backend: str) -> Tensor:
@@ -357,15 +412,24 @@ class AcceleratedStokenAttention(Accelerated):
 
     @staticmethod
     def trial_sizes(module: Any) -> list[tuple[int, int]]:
-        # 3 x 3 tiles, so that there is one with all its neighbours; padded, and for copies that don't pad, whole.
+        # 3 x 3 tiles, so that there is one with all its neighbours, the last ones padded; less than a tile, which some
+        # copies shrink to the image; an odd size larger than windows that a refinement may have; whole, for copies
+        # that don't pad.
         h, w = _pair(getattr(module, _tile_name(module)))
-        return [(3 * h - h // 2, 3 * w - w // 2), (3 * h, 3 * w)]
+        padded = [(3 * h - h // 2, 3 * w - w // 2), ((h + 1) // 2, (w + 1) // 2), (max(15, 4 * h + 1), 5 * w + 2)]
+        return [*padded, (3 * h, 3 * w), (5 * h, 4 * w)]
 
     def remark(self) -> str:
         return f"{super().remark()}, association_grad={self._stvit_association_grad}"
 
 
 KINDS = (AcceleratedStokenAttention, AcceleratedAttention, AcceleratedMlp, AcceleratedDepthwise, AcceleratedNorm)
+
+
+def is_one_hot(tensor: Tensor) -> bool:
+    """Whether a tensor is the constant by which the authors' convolutions unfold: nine one-hot 3 x 3 kernels."""
+    one_hot = torch.eye(9, dtype=tensor.dtype).reshape(9, 1, 3, 3)
+    return tensor.shape == one_hot.shape and torch.equal(tensor.detach().cpu(), one_hot)
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import dispatch
-from .kinds import Accelerated
+from .kinds import INTERNALS, Accelerated, is_one_hot
 
-INTERNALS = frozenset(vars(nn.Module()))
 HOOKS = tuple(name for name in INTERNALS if "hooks" in name)
-CONSTANTS = ("fold.weights", "unfold.weights")
+SIZES = 3  # images a module is tried with
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -31,8 +30,9 @@ class _Unlike(Exception):
 def trial(kind: type[Accelerated], module: nn.Module) -> tuple[dict[str, Any], str | None]:
     """The settings with which our forward agrees with the module's own, and None; or no settings and the reason.
 
-    Compared on two small images: the output in evaluation and in training mode (without dropout), and the gradient of
-    the input and of every parameter.
+    Compared on small images of several sizes, since a foreign forward may take another way for each: the output in
+    evaluation and in training mode (without dropout), and the gradient of the input and of every parameter. With the
+    settings goes whether the original answers images in channels_last in the other format.
     """
     try:
         return _trial(kind, module)
@@ -47,14 +47,15 @@ def _trial(kind: type[Accelerated], module: nn.Module) -> tuple[dict[str, Any], 
     settings, reasons = kind.settings(module), []
     with undisturbed(module):
         double: Any = random_double(module)
-        theirs, x = _theirs(double, kind.trial_sizes(module))
+        theirs = _theirs(double, kind.trial_sizes(module))
         for changes in kind.variants:
             tried = {**settings, **changes}
             for name, value in tried.items():
                 setattr(double, name, value)
-            reason = _difference(theirs, _outcome(double, lambda x: kind.compute(double, x, "reference"), x))
+            differences = (_difference(outcome, _ours(kind, double, x)) for x, outcome in theirs)
+            reason = next(filter(None, differences), None)
             if reason is None:
-                return tried, None
+                return {**tried, "_stvit_answers_nchw": _answers_nchw(double, theirs[0][0])}, None
             reasons.append(reason)
     outputs_agree = all("gradient" in reason for reason in reasons)
     return {}, kind.unlike if kind.unlike and outputs_agree else reasons[0]
@@ -75,8 +76,8 @@ def random_double(module: nn.Module) -> nn.Module:
     double.to(exact_dtype(device_of(double)))
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in double.named_parameters():
-            if not name.endswith(CONSTANTS) and parameter.is_floating_point():
+        for parameter in double.parameters():
+            if not is_one_hot(parameter) and parameter.is_floating_point():
                 fan_in = parameter[0].numel() if parameter.dim() > 1 else 1
                 parameter.copy_(_normal(tuple(parameter.shape), random) * fan_in**-0.5)
                 parameter.requires_grad_()
@@ -118,18 +119,34 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _theirs(double: nn.Module, sizes: list[tuple[int, int]]) -> tuple[dict[str, Tensor], Tensor]:
-    """The outcome of the module's own forward on the first size that it accepts, and that input."""
-    device = device_of(double)
-    images = [_normal((2, _channels(double), *size), torch.Generator().manual_seed(1)) for size in sizes]
-    for x in (image.to(device, exact_dtype(device)).requires_grad_() for image in images):
+def _ours(kind: type[Accelerated], double: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    return _outcome(double, lambda x: kind.compute(double, x, "reference"), x)
+
+
+def _theirs(double: nn.Module, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Images of the first sizes that the module's own forward accepts, and the outcome of each."""
+    device, found, refused = device_of(double), [], None
+    for size in sizes:
+        image = _normal((1 if found else 2, _channels(double), *size), torch.Generator().manual_seed(1))
+        x = image.to(device, exact_dtype(device)).requires_grad_()
         try:
-            return _outcome(double, double.forward, x), x
+            found.append((x, _outcome(double, double.forward, x)))
         except _Unlike:
             raise
         except Exception as error:
             refused = error
-    raise refused
+        if len(found) == SIZES:
+            break
+    if refused is not None and not found:
+        raise refused
+    return found
+
+
+def _answers_nchw(double: nn.Module, x: Tensor) -> bool:
+    """Whether the module's own forward gives contiguous memory for an image in channels_last."""
+    with torch.no_grad():
+        y = double.forward(x.detach().contiguous(memory_format=torch.channels_last))
+    return y.dim() == 4 and y.is_contiguous() and not y.is_contiguous(memory_format=torch.channels_last)
 
 
 def _channels(module: nn.Module) -> int:
