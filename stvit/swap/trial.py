@@ -125,7 +125,8 @@ def _ours(kind: type[Accelerated], double: nn.Module, x: Tensor) -> dict[str, Te
 
 def _theirs(double: nn.Module, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Images of the first sizes that the module's own forward accepts, and the outcome of each."""
-    device, found, refused = device_of(double), [], None
+    device, refused = device_of(double), None
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
     for size in sizes:
         image = _normal((1 if found else 2, _channels(double), *size), torch.Generator().manual_seed(1))
         x = image.to(device, exact_dtype(device)).requires_grad_()

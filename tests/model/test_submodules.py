@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -67,15 +68,19 @@ def test_a_hook_may_change_what_a_part_answers(part: str) -> None:
         torch.testing.assert_close(block(x), by_hand(lambda _: 1.0))
 
 
-def convolution(module: nn.Module) -> nn.Module:
-    return module.conv if isinstance(module, ResidualDepthwise) else module.norm  # type: ignore[return-value]
+def convolution(module: Any) -> Any:
+    return module.conv if isinstance(module, ResidualDepthwise) else module.norm
 
 
 @pytest.mark.parametrize("make", [lambda: ResidualDepthwise(6), lambda: ResidualDepthwise(6, gelu=True)])
 @pytest.mark.parametrize("old", [nn.utils.spectral_norm, nn.utils.weight_norm])
 def test_old_and_new_norms_of_weights_train_alike(make: Callable[[], nn.Module], old: Callable[..., object]) -> None:
-    new = {nn.utils.spectral_norm: parametrizations.spectral_norm, nn.utils.weight_norm: parametrizations.weight_norm}
-    x, parts = torch.randn(2, 6, 5, 4), []
+    new: dict[Any, Any] = {
+        nn.utils.spectral_norm: parametrizations.spectral_norm,
+        nn.utils.weight_norm: parametrizations.weight_norm,
+    }
+    x = torch.randn(2, 6, 5, 4)
+    parts: list[Any] = []
     for wrap in (old, new[old]):
         part = make()
         part.load_state_dict(parts[0][0] if parts else part.state_dict())
@@ -125,8 +130,9 @@ def test_an_adapter_around_a_convolution_gets_its_gradient() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.base(x) + self.added(x)
 
-    mlp, x = Mlp(4, 8), torch.randn(1, 4, 5, 4)
-    mlp.conv.conv = Wrapped(mlp.conv.conv)  # type: ignore[assignment]
+    mlp: Any = Mlp(4, 8)
+    x = torch.randn(1, 4, 5, 4)
+    mlp.conv.conv = Wrapped(mlp.conv.conv)
     mlp(x).sum().backward()
     gradient = mlp.conv.conv.added.weight.grad
     assert gradient is not None and gradient.abs().sum() > 0

@@ -60,6 +60,8 @@ class Fusible(authors.Position):
 class Gather(nn.Module):
     """The authors' unfold by another name of its constant, which views its input."""
 
+    w: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("w", torch.eye(9).reshape(9, 1, 3, 3))
@@ -160,8 +162,8 @@ def test_the_format_of_the_original(more: tuple[nn.Module, ...], options: dict[s
             module(x)
 
 
-def with_parts(unfold: Callable[[], nn.Module], fold: Callable[[], nn.Module]) -> nn.Module:
-    module = authors.TokenAttention(8, (4, 3), **FEW)
+def with_parts(unfold: Callable[[], nn.Module], fold: Callable[[], nn.Module]) -> Any:
+    module: Any = authors.TokenAttention(8, (4, 3), **FEW)
     module.unfold, module.fold = unfold(), fold()
     return module
 
