@@ -25,12 +25,12 @@ from stvit.modules import Attention, LayerNorm2d, ResidualDepthwise, StokenAtten
 class AuthorsSTViT(STViT):
     """The stages in the memory format that the images come in."""
 
-    def forward_stages(self, x: Tensor) -> list[Tensor]:
+    def forward_stages(self, x: Tensor, stages: int | None = None) -> list[Tensor]:
         x = self.pos_drop(self.patch_embed(x))
-        maps = []
-        for stage in self.layers:
-            features, x = stage(x)
-            maps.append(features)
+        maps: list[Tensor] = []
+        for stage in list(self.layers)[:stages]:
+            maps.append(stage(x))
+            x = maps[-1] if stage.downsample is None else stage.downsample(maps[-1])
         return maps
 
 
