@@ -10,6 +10,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from .backends.dispatch import BackendError, available_backends, use_backend
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .exporting import ExportError, export
 from .functional import super_token_sampling, token_upsampling
 from .geometry import Association
 from .graphs import cuda_graph
@@ -23,6 +24,7 @@ __all__ = [
     "Association",
     "BackendError",
     "CheckpointError",
+    "ExportError",
     "Report",
     "STViT",
     "StokenAttention",
@@ -30,6 +32,7 @@ __all__ = [
     "accelerate_report",
     "available_backends",
     "cuda_graph",
+    "export",
     "load_checkpoint",
     "optimize_for_inference",
     "restore",

@@ -13,6 +13,8 @@ Two rules that published checkpoints depend on:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,7 +96,8 @@ def sampling(
     """
     grid = grid_size(x.shape[2], x.shape[3], stoken_size)
     tiles = pixels_by_tile(x, stoken_size)
-    with torch.set_grad_enabled(association_grad and torch.is_grad_enabled()):
+    constant = torch.is_grad_enabled() and not association_grad
+    with torch.no_grad() if constant else nullcontext():
         stokens = pool(x, stoken_size)
         for iteration in range(n_iter):
             weights = associate(tiles, stokens, scale)
@@ -125,7 +128,7 @@ def channel_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
         wide = x
     else:  # PyTorch wants one dtype
         wide, weight, bias = (t.to(torch.promote_types(accumulator(x.dtype), weight.dtype)) for t in (x, weight, bias))
-    y = F.layer_norm(wide.permute(0, 2, 3, 1), (x.shape[1],), weight, bias, eps).permute(0, 3, 1, 2)
+    y = F.layer_norm(wide.permute(0, 2, 3, 1), (int(x.shape[1]),), weight, bias, eps).permute(0, 3, 1, 2)
     y = y if wide is x else y.to(x.dtype)
     return laid_out(y, is_channels_last(x))
 

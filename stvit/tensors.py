@@ -30,8 +30,9 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Autocast off for x's device; the meta device has none."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    """Autocast off for x's device (meta has none); no block where it is off, so that no exported graph holds one."""
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 def transformed() -> bool:

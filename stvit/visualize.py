@@ -128,7 +128,7 @@ def borders(owner: np.ndarray) -> np.ndarray:
 
 
 def figure(model: nn.Module, image: Tensor, point: tuple[float, float] | None = None) -> Any:
-    """A matplotlib Figure for a notebook: the super tokens that `model` sees in `image`, block by block.
+    """A matplotlib Figure of the super tokens that `model` sees in `image`; notebooks need `%matplotlib inline`.
 
     Args:
         model: a model of this package; it is put into evaluation mode.

@@ -21,7 +21,7 @@ def load(name: str) -> ModuleType:
 
 def test_there_is_a_test_for_each() -> None:
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"accelerate", "detection", "picture", "segmentation"}
+    assert names == {"accelerate", "detection", "export", "picture", "segmentation"}
 
 
 def test_detection() -> None:
@@ -43,3 +43,19 @@ def test_picture(tmp_path: Path) -> None:
     block = load("picture").main(["--output", str(tmp_path / "picture.png"), "--tile", "52"])
     assert block.grid == (8, 13) and (tmp_path / "picture.png").exists()
     assert block.owner.unique().numel() > 0.9 * 8 * 13  # hardly a super token goes without pixels
+
+
+def test_export(tmp_path: Path) -> None:
+    path = load("export").main(["--size", "64", "--output", str(tmp_path / "model.pt2")])
+    assert path.exists()
+
+
+def test_the_notebook_runs_from_top_to_bottom() -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(EXAMPLES / "super_tokens.ipynb", as_version=4)
+    assert not [cell for cell in notebook.cells if cell.get("outputs")], "commit it without outputs"
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    drawn = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    assert len(drawn) == 2
