@@ -85,7 +85,7 @@ Walk plan(const Task& task, const Shape& shape, const Limits& limits) {
                      shape.height * shape.width < MOST / 18;  // bytes of an image's weights
   const bool empty = shape.batch == 0 || shape.channels == 0 || shape.gh == 0 || shape.gw == 0;
   if (!task.vectors || shape.channels % 8 || !small || empty) return best;
-  for (int pools = task.pool; pools >= 0; --pools)
+  for (int pools = task.pool && shape.channels <= POOLED_CHANNELS; pools >= 0; --pools)
     for (int rows = shape.gh;; rows = (rows + 1) / 2) {
       for (int columns = shape.gw;; columns = (columns + 1) / 2) {
         Walk walk;

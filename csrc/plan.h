@@ -62,9 +62,10 @@ struct Walk {
 Walk plan(const Task&, const Shape&, const Limits&);
 
 constexpr int WALK_WARPS = 16;
-constexpr int SUM_WARPS = 8;        // those that sum; the others pool meanwhile
-constexpr int WALK_CHANNELS = 384;  // at most
-constexpr int WALK_TILE = 1024;     // pixels at most
-constexpr int SCRATCH = 1440;       // bytes of shared memory for the products and weights of 32 pixels
+constexpr int SUM_WARPS = 8;          // those that sum; the others pool meanwhile
+constexpr int WALK_CHANNELS = 384;    // at most
+constexpr int POOLED_CHANNELS = 256;  // at most where the walk pools too: registers
+constexpr int WALK_TILE = 1024;       // pixels at most
+constexpr int SCRATCH = 1440;         // bytes of shared memory for the products and weights of 32 pixels
 
 }  // namespace stvit

@@ -141,7 +141,7 @@ void walk_channels(const WalkArguments& a, void* stream) {
   // The fewer warps sum, the fewer instructions; their time is the same.
   if (a.call.shape.channels <= 64) return run(walk_kernel<T, MAP, POOLS, 1>);
   if (a.call.shape.channels <= 2 * 16 * SUM_WARPS) return run(walk_kernel<T, MAP, POOLS, 2>);
-  run(walk_kernel<T, MAP, POOLS, WALK_CHANNELS / 16 / SUM_WARPS>);
+  if constexpr (!POOLS) run(walk_kernel<T, MAP, POOLS, WALK_CHANNELS / 16 / SUM_WARPS>);
 }
 
 // Runs a plan that fits, on 16-bit numbers. Each map is compiled in a file of its own: walk_<map>.cu.
