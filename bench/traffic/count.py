@@ -118,7 +118,7 @@ class Counter(TorchDispatchMode):
     def _launched(self, kernel: Any, grid: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         assert self.within is not None
         self.launches.append(Launched(self.phase, self.within[1], kernel, grid, args, options))
-        given = dict(zip(kernel.arg_names, args, strict=False))
+        given = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
         unused = [name for name, flag in SPARE.get(kernel.__name__, {}).items() if not given[flag]]
         distinct = {id(t): nbytes(t) for name, t in given.items() if isinstance(t, Tensor) and name not in unused}
         self._add(Traffic(moved=sum(distinct.values()), kernels=1), *self.within)
