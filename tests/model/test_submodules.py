@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations, prune
 
 from stvit.model import STViT
@@ -207,3 +208,14 @@ def test_factors_of_drop_path_are_drawn_once_whoever_calls() -> None:
     block.drop_path.register_forward_hook(lambda *_: None)
     torch.manual_seed(1)
     torch.testing.assert_close(block(x), expected)
+
+
+def test_one_compilation_serves_every_size() -> None:
+    """torch.compile(dynamic=True, fullgraph=True) takes eps and scale as symbols too, and compiles a block once."""
+    torch.compiler.reset()
+    block, counter = SuperTokenBlock(4, 2).eval(), CompileCounterWithBackend("eager")
+    compiled = torch.compile(block, dynamic=True, fullgraph=True, backend=counter)
+    for side in (8, 10, 12, 16, 24):
+        x = torch.randn(2, 4, side, side).contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(compiled(x), block(x))
+    assert counter.frame_count == 1
