@@ -180,7 +180,7 @@ def _save(contents: dict[str, Any], file: IO[bytes]) -> None:
 
 
 def _save_tensors(contents: dict[str, Any], path: Path) -> None:
-    weights = contents.get("model")
+    weights: Any = contents.get("model")
     plain = isinstance(weights, Mapping) and all(isinstance(value, Tensor) for value in weights.values())
     if set(contents) != {"model"} or not plain:
         found = ", ".join(f"{key}={type(value).__name__}" for key, value in contents.items()) or "nothing"

@@ -328,7 +328,8 @@ class STViT(nn.Module):
         self.pruned += tuple(f"layers.{index}." for index in range(end, len(self.layers)))
         self.layers = self.layers[:end]
         if end:
-            self.layers[-1].downsample = None
+            last: Any = self.layers[-1]
+            last.downsample = None
             self.pruned += (f"layers.{end - 1}.downsample.",)
         if prune_norm:
             self.proj = self.norm = nn.Identity()
