@@ -64,7 +64,7 @@ def check_case(case: Case, device: str) -> None:
     check(lambda backend, dtype: compute(case, device, backend, dtype), case.pixels.dtype, terms(case, device))
 
 
-# A program holds up to 128 channels, and 4 rows (backward: 2) of as many strips as fit 512 channels by strips.
+# A program holds up to 256 channels and strips of up to 7 rows, several where 64 channels by strips allow.
 LISTED = [
     Case(Pixels(1, 64, 7, 6, HALF, LAST, LAST), gelu=True),
     Case(Pixels(2, 64, 6, 3, SINGLE, LAST, LAST)),

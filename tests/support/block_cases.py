@@ -129,15 +129,13 @@ def wide_programs(device: str) -> Iterator[None]:
     def blocks(x: Tensor, tile: int) -> configs.Blocks:
         return configs.Blocks(min(configs.power_of_two(max(tile, 16)), 256), 256, 4)
 
-    def grid(x: Tensor, rows: int) -> tuple[int, int, int, int, int]:
+    def plan(x: Tensor) -> residual_depthwise.Plan:
         batch, channels, height, width = x.shape
-        assert width <= residual_depthwise.SPAN
-        return batch, batch, 1, configs.power_of_two(-(-height // rows)), configs.power_of_two(channels)
+        strips, block = configs.power_of_two(height), configs.power_of_two(channels)
+        whole = block == channels
+        return residual_depthwise.Plan(batch, batch, width, 1, strips, block, strips == height, whole, 4)
 
-    with (
-        mock.patch.object(configs, "blocks", blocks),
-        mock.patch.multiple(residual_depthwise, _grid=grid, ROWS=1, ROWS_BACKWARD=1),
-    ):
+    with mock.patch.object(configs, "blocks", blocks), mock.patch.object(residual_depthwise, "plan", plan):
         yield
 
 
