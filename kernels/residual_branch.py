@@ -15,6 +15,7 @@ from torch import Tensor
 from ..tensors import accumulator, empty_pixels, is_channels_last
 from . import configs
 from .channel_layer_norm import PROGRAMS, index, rows_at
+from .partial_sums import add_parts
 
 ELEMENTS = 1024  # numbers that a program of 4 warps holds at a time; twice as many spill on compute capability 8.0
 
@@ -112,7 +113,7 @@ def residual_branch_backward(
     pixels = batch * height * width
     count = max(1, triton.cdiv(triton.cdiv(pixels, rows), PROGRAMS))
     parts = triton.cdiv(pixels, rows * count)
-    partial = grad.new_empty((parts, channels), dtype=accumulator(grad.dtype))
+    partial = grad.new_empty((parts, 1, channels), dtype=accumulator(grad.dtype))
     if parts:
         with torch.cuda.device_of(grad):
             residual_branch_backward_kernel[(parts * triton.cdiv(channels, block),)](
@@ -120,4 +121,6 @@ def residual_branch_backward(
                 grad_y, *grad_y.stride(), partial, pixels, height, width, channels, count,
                 keep is not None, configs.accumulator(grad), index(pixels), rows, block, num_warps=4,
             )  # fmt: skip
-    return grad_y, partial.sum(0).to(gamma.dtype)
+    grad_gamma = torch.empty_like(gamma)
+    add_parts(partial, grad_gamma)
+    return grad_y, grad_gamma

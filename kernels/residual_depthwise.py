@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ..tensors import empty_pixels, is_channels_last
 from . import configs
+from .partial_sums import add_parts
 
 ROWS = 7, 6, 4, 2, 1  # of a strip, as the height divides: 56, 28, 14 and 7 by 7; 12 and 24 by 6
 CHANNELS = 256  # of a program at the most, two a thread
 SPAN = 64  # columns that a program walks at the most
 SHORTEST = 14  # columns below which a walk is not split for the sake of more programs
 WARPS = 2048  # worth having before walks get long: four a scheduler of the largest GPUs
-
 
 # Phi(-x) = exp(-x^2 / 2) t (MILLS[0] + MILLS[1] t + ... + MILLS[6] t^6) for x >= 0 and t = 1 / (1 + POLE x), Phi being
 # the normal distribution: relative error at most 2.4e-7 about 0 and 8e-7 in the tail; by tests/support/gelu_fit.py.
@@ -277,5 +277,6 @@ def residual_depthwise_backward(grad_y: Tensor, x: Tensor, weight: Tensor, gelu:
                 EVEN=cut.even, WHOLE=cut.whole,
                 ROWS=cut.rows, STRIPS=cut.strips, CHANNELS=cut.channels, num_warps=cut.warps,
             )  # fmt: skip
-    sums = partial.sum(0).to(weight.dtype)
-    return grad_x, sums[:9].t().reshape(channels, 1, 3, 3).contiguous(), sums[9].clone()
+    grad_weight, grad_bias = weight.new_empty((channels, 1, 3, 3)), weight.new_empty((channels,))
+    add_parts(partial, grad_weight, grad_bias)
+    return grad_x, grad_weight, grad_bias
