@@ -169,7 +169,7 @@ class Rows(NamedTuple):
 
 def cut(channels: int) -> Rows:
     """Units that leave the fewest lanes without a channel: 3 x 32 for 96, 3 x 64 for 192, 5 x 64 for 320."""
-    sizes = {units: max(16, configs.power_of_two(triton.cdiv(channels, units))) for units in (1, 3, 5, 7)}
+    sizes = {units: max(16, configs.power_of_two(-(-channels // units))) for units in (1, 3, 5, 7)}
     units = min(sizes, key=lambda units: (units * sizes[units], units))
     parts = max(1, sizes[units] // WIDEST)
     unit = sizes[units] // parts
@@ -188,7 +188,7 @@ def channel_layer_norm(
     rows, unit, units = cut(channels)
     if x.numel():
         with torch.cuda.device_of(x):
-            channel_layer_norm_kernel[(triton.cdiv(mean.numel(), rows),)](
+            channel_layer_norm_kernel[(-(-mean.numel() // rows),)](
                 x, *x.stride(), weight.contiguous(), bias.contiguous(), y, *y.stride(), mean, rstd,
                 mean.numel(), height, width, channels, eps=eps, ACCUMULATOR=configs.accumulator(x),
                 INDEX=index(mean.numel()), ROWS=rows, UNIT=unit, UNITS=units, WHOLE=unit * units == channels,
@@ -209,8 +209,8 @@ def channel_layer_norm_backward(
     grad_x = empty_pixels(x, channels, height, width, is_channels_last(x))
     grad_weight, grad_bias = weight.new_empty((channels,)), weight.new_empty((channels,))
     rows, unit, units = cut(channels)
-    blocks = max(triton.cdiv(triton.cdiv(mean.numel(), rows), PROGRAMS), FEWEST // rows)
-    programs = triton.cdiv(mean.numel(), rows * max(1, blocks))
+    blocks = max(-(-mean.numel() // (rows * PROGRAMS)), FEWEST // rows)
+    programs = -(-mean.numel() // (rows * max(1, blocks)))
     partial = mean.new_empty((programs, 2, channels))
     if programs:
         with torch.cuda.device_of(x):

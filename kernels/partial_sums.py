@@ -49,7 +49,7 @@ def add_parts(partial: Tensor, first: Tensor, second: Tensor | None = None, thir
     entries, then to second and third (C,), in the dtype of each."""
     parts, sums, channels = partial.shape
     with torch.cuda.device_of(partial):
-        partial_sums_kernel[(triton.cdiv(channels, CHANNELS) * sums,)](
+        partial_sums_kernel[(-(-channels // CHANNELS) * sums,)](
             partial, first, first if second is None else second, first if third is None else third, parts, channels,
             FIRST=first.numel() // channels, SUMS=sums, PARTS=PARTS, CHANNELS=CHANNELS, num_warps=8,
         )  # fmt: skip

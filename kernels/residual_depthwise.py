@@ -1,4 +1,4 @@
-"""Residual depthwise 3x3 with Triton: y = h + depthwise3x3(h) + bias, where h = gelu(x) or x; forward and backward.
+"""Residual depthwise 3x3 with Triton: y = h + depthwise3x3(h) + bias, where h = gelu(x + x_bias); forward, backward.
 
 A program owns strips of rows, a span of columns and a block of channels, and walks along the columns: each column of
 pixels is loaded once, with one row of halo above and below, and what its neighbours need of it stays in registers. GELU
@@ -6,8 +6,8 @@ is thus computed (rows + 2) / rows times a pixel in the forward and once in the 
 backward, which computes h again.
 
 Bytes, X being those of x: forward reads 1 X and writes 1 X; backward reads 2 X (x and dy) and writes 1 X, and 10 sums a
-channel and program, float32, which are added up in a fixed order: no atomics. The halo comes from the cache. The
-identity is folded into the centre tap.
+channel and program (11 with x_bias, that of a 1x1 convolution in front), float32, which are added up in a fixed order:
+no atomics. The halo comes from the cache. The identity is folded into the centre tap.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tensors import empty_pixels, is_channels_last
+from ..tensors import accumulator, empty_pixels, is_channels_last
 from . import configs
 from .partial_sums import add_parts
 
@@ -27,7 +27,7 @@ ROWS = 7, 6, 4, 2, 1  # of a strip, as the height divides: 56, 28, 14 and 7 by 7
 CHANNELS = 256  # of a program at the most, two a thread
 SPAN = 64  # columns that a program walks at the most
 SHORTEST = 14  # columns below which a walk is not split for the sake of more programs
-WARPS = 2048  # worth having before walks get long: four a scheduler of the largest GPUs
+WARPS = 1024  # worth having before walks get long: two a scheduler of the largest GPUs
 
 # Phi(-x) = exp(-x^2 / 2) t (MILLS[0] + MILLS[1] t + ... + MILLS[6] t^6) for x >= 0 and t = 1 / (1 + POLE x), Phi being
 # the normal distribution: relative error at most 2.4e-7 about 0 and 8e-7 in the tail; by tests/support/gelu_fit.py.
@@ -67,7 +67,7 @@ def gelu_and_slope(x, ERF: tl.constexpr):
 
 
 @triton.jit
-def load_column(at, stride_h, row, seen, H, EVEN: tl.constexpr, COUNT: tl.constexpr, ACCUMULATOR: tl.constexpr):
+def load_column(at, stride_row, row, seen, H, EVEN: tl.constexpr, COUNT: tl.constexpr, ACCUMULATOR: tl.constexpr):
     """A tuple of COUNT pixels of one column from `row` down, [STRIPS, CHANNELS] each, zeros outside the image.
 
     EVEN: only the first and the last of them can lie outside."""
@@ -78,8 +78,22 @@ def load_column(at, stride_h, row, seen, H, EVEN: tl.constexpr, COUNT: tl.conste
             mask = mask & (row + i >= 0)[:, None]
         if i == COUNT - 1 or not EVEN:
             mask = mask & (row + i < H)[:, None]
-        pixels = pixels + (tl.load(at + tl.cast(stride_h, tl.int64) * i, mask=mask, other=0.0).to(ACCUMULATOR),)
+        pixels = pixels + (tl.load(at + tl.cast(stride_row, tl.int64) * i, mask=mask, other=0.0).to(ACCUMULATOR),)
     return pixels
+
+
+@triton.jit
+def shift_column(pixels, shift, row, H, EVEN: tl.constexpr, COUNT: tl.constexpr):
+    """The pixels of `load_column` plus shift [1, CHANNELS], those outside the image still zero."""
+    shifted = ()
+    for i in tl.static_range(COUNT):
+        pixel = pixels[i] + shift
+        if i == 0 or not EVEN:
+            pixel = tl.where((row + i >= 0)[:, None], pixel, 0.0)
+        if i == COUNT - 1 or not EVEN:
+            pixel = tl.where((row + i < H)[:, None], pixel, 0.0)
+        shifted = shifted + (pixel,)
+    return shifted
 
 
 @triton.jit
@@ -109,36 +123,50 @@ def strips_of_program(H, W, C, span, ROWS: tl.constexpr, STRIPS: tl.constexpr, C
 
 
 @triton.jit
-def pixels_at(x, image, c, row, column, stride_b, stride_c, stride_h, stride_w):
+def pixels_at(x, image, c, row, column, stride_image, stride_channel, stride_row, stride_column):
     """Pointers [STRIPS, CHANNELS] to the pixels of a column at the rows `row` [STRIPS]."""
-    x += image * stride_b + tl.cast(column, tl.int64) * stride_w
-    return x + (row.to(tl.int64) * stride_h)[:, None] + (c.to(tl.int64) * stride_c)[None, :]
+    x += image * stride_image + tl.cast(column, tl.int64) * stride_column
+    return x + (row.to(tl.int64) * stride_row)[:, None] + (c.to(tl.int64) * stride_channel)[None, :]
+
+
+@triton.jit
+def load_channels(vector, c, C, ACCUMULATOR: tl.constexpr):
+    """A parameter (C,) at the channels c as [1, CHANNELS]."""
+    return tl.load(vector + c, mask=c < C, other=0.0).to(ACCUMULATOR)[None, :]
 
 
 @triton.jit(do_not_specialize=["span"])
 def residual_depthwise_kernel(
-    x, xb, xc, xh, xw, weight, bias, y, yb, yc, yh, yw, H, W, C, span,
-    GELU: tl.constexpr, ERF: tl.constexpr, BIAS: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    x, x_image, x_channel, x_row, x_column,  # (B, C, H, W) and its strides
+    weight,  # (C, 1, 3, 3)
+    bias,  # (C,)
+    x_bias,  # (C,)
+    y, y_image, y_channel, y_row, y_column,  # (B, C, H, W)
+    H, W, C, span, GELU: tl.constexpr, ERF: tl.constexpr, BIAS: tl.constexpr, X_BIAS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: STRIPS strips of ROWS rows, `span` columns, CHANNELS channels of an image."""
     image, row, first, last, c, _ = strips_of_program(H, W, C, span, ROWS, STRIPS, CHANNELS)
     inside = ((c < C) | WHOLE)[None, :]
     taps = load_taps(weight, c, C, ACCUMULATOR)
-    shift = tl.zeros([STRIPS, CHANNELS], ACCUMULATOR)
+    start = tl.zeros([STRIPS, CHANNELS], ACCUMULATOR)
     if BIAS:
-        shift += tl.load(bias + c, mask=c < C, other=0.0).to(ACCUMULATOR)[None, :]
+        start += load_channels(bias, c, C, ACCUMULATOR)
+    if X_BIAS:
+        shift = load_channels(x_bias, c, C, ACCUMULATOR)
     ending, middle = (), ()  # sums of the columns left of and at the one that is loaded
     for _j in tl.static_range(ROWS):
-        ending = ending + (shift,)
-        middle = middle + (shift,)
+        ending = ending + (start,)
+        middle = middle + (start,)
     # A column outside the image adds nothing.
-    start = tl.maximum(first - 1, 0)
-    x = pixels_at(x, image, c, row - 1, start, xb, xc, xh, xw)
-    y = pixels_at(y, image, c, row, start - 1, yb, yc, yh, yw)
-    for column in range(start, tl.minimum(last + 2, W)):
-        h = load_column(x, xh, row - 1, inside, H, EVEN, ROWS + 2, ACCUMULATOR)
+    leftmost = tl.maximum(first - 1, 0)
+    x = pixels_at(x, image, c, row - 1, leftmost, x_image, x_channel, x_row, x_column)
+    y = pixels_at(y, image, c, row, leftmost - 1, y_image, y_channel, y_row, y_column)
+    for column in range(leftmost, tl.minimum(last + 2, W)):
+        h = load_column(x, x_row, row - 1, inside, H, EVEN, ROWS + 2, ACCUMULATOR)
+        if X_BIAS:
+            h = shift_column(h, shift, row - 1, H, EVEN, ROWS + 2)
         if GELU:
             activated = ()
             for i in tl.static_range(ROWS + 2):
@@ -148,46 +176,58 @@ def residual_depthwise_kernel(
         for j in tl.static_range(ROWS):
             ended = ending[j] + taps[2] * h[j] + taps[5] * h[j + 1] + taps[8] * h[j + 2]
             written = inside & ((row + j < H) | EVEN)[:, None] & (column > first)
-            tl.store(y + tl.cast(yh, tl.int64) * j, ended.to(y.dtype.element_ty), mask=written)
+            tl.store(y + tl.cast(y_row, tl.int64) * j, ended.to(y.dtype.element_ty), mask=written)
             next_ending = next_ending + (middle[j] + taps[1] * h[j] + taps[4] * h[j + 1] + taps[7] * h[j + 2],)
-            next_middle = next_middle + (shift + taps[0] * h[j] + taps[3] * h[j + 1] + taps[6] * h[j + 2],)
+            next_middle = next_middle + (start + taps[0] * h[j] + taps[3] * h[j + 1] + taps[6] * h[j + 2],)
         ending, middle = next_ending, next_middle
-        x += xw
-        y += yw
+        x += x_column
+        y += y_column
     for j in tl.static_range(ROWS):
         written = inside & ((row + j < H) | EVEN)[:, None] & (last + 1 == W)
-        tl.store(y + tl.cast(yh, tl.int64) * j, ending[j].to(y.dtype.element_ty), mask=written)
+        tl.store(y + tl.cast(y_row, tl.int64) * j, ending[j].to(y.dtype.element_ty), mask=written)
 
 
 @triton.jit(do_not_specialize=["span"])
 def residual_depthwise_backward_kernel(
-    x, xb, xc, xh, xw, weight, dy, db, dc, dh, dw, dx, eb, ec, eh, ew, partial, H, W, C, span,
-    GELU: tl.constexpr, ERF: tl.constexpr, ACCUMULATOR: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    x, x_image, x_channel, x_row, x_column,  # (B, C, H, W) and its strides
+    weight,  # (C, 1, 3, 3)
+    x_bias,  # (C,)
+    dy, dy_image, dy_channel, dy_row, dy_column,  # (B, C, H, W)
+    dx, dx_image, dx_channel, dx_row, dx_column,  # (B, C, H, W)
+    partial,  # (parts, 10 + X_BIAS, C)
+    H, W, C, span, GELU: tl.constexpr, ERF: tl.constexpr, X_BIAS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, STRIPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One program: STRIPS strips of ROWS rows, `span` columns, CHANNELS channels of an image.
 
-    With D the 3 x 3 neighbourhood of dy, mirrored: dh = sum of taps x D, and the taps' gradients are the sums of h x D.
-    Writes dx and this program's 9 sums of the taps and one of the bias to partial (part, 10, C).
+    With D the 3 x 3 neighbourhood of dy, mirrored: the gradient of h is the sum of taps x D, and the taps' gradients
+    are the sums of h x D. Writes dx and this program's sums: 9 of the taps, one of the bias, one of x_bias.
     """
     image, row, first, last, c, part = strips_of_program(H, W, C, span, ROWS, STRIPS, CHANNELS)
     inside = ((c < C) | WHOLE)[None, :]
     taps = load_taps(weight, c, C, ACCUMULATOR)
+    if X_BIAS:
+        shift = load_channels(x_bias, c, C, ACCUMULATOR)
     nothing = tl.zeros([STRIPS, CHANNELS], ACCUMULATOR)
     sums = ()
     for _k in tl.static_range(10):
         sums = sums + (nothing,)
-    x = pixels_at(x, image, c, row, first, xb, xc, xh, xw)
-    dx = pixels_at(dx, image, c, row, first, eb, ec, eh, ew)
-    dy = pixels_at(dy, image, c, row - 1, first, db, dc, dh, dw)
-    left = load_column(dy - dw, dh, row - 1, inside & (first > 0), H, EVEN, ROWS + 2, ACCUMULATOR)
-    here = load_column(dy, dh, row - 1, inside, H, EVEN, ROWS + 2, ACCUMULATOR)
+    sum_x = nothing
+    x = pixels_at(x, image, c, row, first, x_image, x_channel, x_row, x_column)
+    dx = pixels_at(dx, image, c, row, first, dx_image, dx_channel, dx_row, dx_column)
+    dy = pixels_at(dy, image, c, row - 1, first, dy_image, dy_channel, dy_row, dy_column)
+    left = load_column(dy - dy_column, dy_row, row - 1, inside & (first > 0), H, EVEN, ROWS + 2, ACCUMULATOR)
+    here = load_column(dy, dy_row, row - 1, inside, H, EVEN, ROWS + 2, ACCUMULATOR)
     for column in range(first, last + 1):
-        dy += dw
-        right = load_column(dy, dh, row - 1, inside & (column + 1 < W), H, EVEN, ROWS + 2, ACCUMULATOR)
+        dy += dy_column
+        right = load_column(dy, dy_row, row - 1, inside & (column + 1 < W), H, EVEN, ROWS + 2, ACCUMULATOR)
         for j in tl.static_range(ROWS):
-            seen = inside & ((row + j < H) | EVEN)[:, None]
-            h = tl.load(x + tl.cast(xh, tl.int64) * j, mask=seen, other=0.0).to(ACCUMULATOR)
+            in_image = ((row + j < H) | EVEN)[:, None]
+            seen = inside & in_image
+            h = tl.load(x + tl.cast(x_row, tl.int64) * j, mask=seen, other=0.0).to(ACCUMULATOR)
+            if X_BIAS:
+                h = tl.where(in_image, h + shift, 0.0)
             if GELU:
                 h, steepness = gelu_and_slope(h, ERF)
             # Tap 3 ky + kx took h to the output at row + 1 - ky, column + 1 - kx.
@@ -201,15 +241,20 @@ def residual_depthwise_backward_kernel(
             for k in tl.static_range(9):
                 slope += taps[k] * d[k]
                 added = added + (sums[k] + h * d[k],)
-            sums = added + (sums[9] + tl.where((row + j < H)[:, None] | EVEN, d[4], 0.0),)
+            sums = added + (sums[9] + tl.where(in_image, d[4], 0.0),)
             if GELU:
                 slope *= steepness
-            tl.store(dx + tl.cast(eh, tl.int64) * j, slope.to(dx.dtype.element_ty), mask=seen)
+            if X_BIAS:
+                sum_x += tl.where(in_image, slope, 0.0)
+            tl.store(dx + tl.cast(dx_row, tl.int64) * j, slope.to(dx.dtype.element_ty), mask=seen)
         left, here = here, right
-        x += xw
-        dx += ew
+        x += x_column
+        dx += dx_column
+    partial += part * (10 + X_BIAS) * C + c
     for k in tl.static_range(10):
-        tl.store(partial + (part * 10 + k) * C + c, tl.sum(sums[k], axis=0), mask=c < C)
+        tl.store(partial + k * C, tl.sum(sums[k], axis=0), mask=c < C)
+    if X_BIAS:
+        tl.store(partial + 10 * C, tl.sum(sum_x, axis=0), mask=c < C)
 
 
 class Plan(NamedTuple):
@@ -229,54 +274,59 @@ class Plan(NamedTuple):
 def plan(x: Tensor) -> Plan:
     """The programs of either direction for x (B, C, H, W): 64 pixels of a column a warp, two a thread."""
     batch, channels, height, width = x.shape
-    sizes = ROWS if x.element_size() < 8 else ROWS[2:]  # float64 takes twice the registers
-    rows = min(sizes, key=lambda rows: triton.cdiv(height, rows) * (rows + 2))
+    sizes = ROWS if x.element_size() == 2 else ROWS[2:]  # erf takes more registers, float64 twice as many
+    rows = min(sizes, key=lambda rows: -(-height // rows) * (rows + 2))
     block = min(CHANNELS, max(16, configs.power_of_two(channels)))
-    strips = max(1, min(64 // block, configs.power_of_two(triton.cdiv(height, rows))))
+    strips = max(1, min(64 // block, configs.power_of_two(-(-height // rows))))
     warps = max(1, block * strips // 64)
-    walks = batch * triton.cdiv(height, rows * strips) * triton.cdiv(channels, block)
-    spans = max(triton.cdiv(width, SPAN), min(width // SHORTEST, WARPS // max(1, walks * warps)))
-    span = triton.cdiv(width, max(1, spans))
-    parts = batch * triton.cdiv(height, rows * strips) * triton.cdiv(width, span)
+    walks = batch * -(-height // (rows * strips)) * -(-channels // block)
+    spans = max(-(-width // SPAN), min(width // SHORTEST, WARPS // max(1, walks * warps)))
+    span = -(-width // max(1, spans))
+    parts = batch * -(-height // (rows * strips)) * -(-width // span)
     return Plan(
-        parts, parts * triton.cdiv(channels, block), span, rows, strips, block,
+        parts, parts * -(-channels // block), span, rows, strips, block,
         height % (rows * strips) == 0, channels % block == 0, warps,
     )  # fmt: skip
 
 
-def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """y (B, C, H, W) in x's format; weight (C, 1, 3, 3) and bias (C,) in any floating dtype."""
+def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, x_bias: Tensor | None) -> Tensor:
+    """y (B, C, H, W) in x's format; weight (C, 1, 3, 3), bias and x_bias (C,) in any floating dtype."""
     batch, channels, height, width = x.shape
     y = empty_pixels(x, channels, height, width, is_channels_last(x))
     cut = plan(x)
     if cut.programs:
         with torch.cuda.device_of(x):
             residual_depthwise_kernel[(cut.programs,)](
-                x, *x.stride(), weight.contiguous(), weight if bias is None else bias.contiguous(), y, *y.stride(),
-                height, width, channels, cut.span,
-                GELU=gelu, ERF=x.element_size() > 2, BIAS=bias is not None, ACCUMULATOR=configs.accumulator(x),
-                EVEN=cut.even, WHOLE=cut.whole,
+                x, *x.stride(), weight.contiguous(), weight if bias is None else bias.contiguous(),
+                weight if x_bias is None else x_bias.contiguous(), y, *y.stride(), height, width, channels, cut.span,
+                GELU=gelu, ERF=x.element_size() > 2, BIAS=bias is not None, X_BIAS=x_bias is not None,
+                ACCUMULATOR=configs.accumulator(x), EVEN=cut.even, WHOLE=cut.whole,
                 ROWS=cut.rows, STRIPS=cut.strips, CHANNELS=cut.channels, num_warps=cut.warps,
             )  # fmt: skip
     return y
 
 
-def residual_depthwise_backward(grad_y: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx in x's format, dweight (C, 1, 3, 3), dbias (C,)); sums in float32 or wider, given in weight's dtype."""
+def residual_depthwise_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, gelu: bool, x_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dx in x's format, dweight (C, 1, 3, 3), dbias (C,), dx_bias (C,) where there is one).
+
+    Sums are taken in float32 or wider and given in weight's dtype, that of x_bias in its own.
+    """
     batch, channels, height, width = x.shape
     grad_x = empty_pixels(x, channels, height, width, is_channels_last(x))
+    grad_weight, grad_bias = weight.new_empty((channels, 1, 3, 3)), weight.new_empty((channels,))
+    grad_x_bias = None if x_bias is None else torch.empty_like(x_bias)
     cut = plan(x)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    partial = x.new_empty((cut.parts, 10, channels), dtype=wide)
+    partial = x.new_empty((cut.parts, 10 + (x_bias is not None), channels), dtype=accumulator(x.dtype))
     if cut.programs:
         with torch.cuda.device_of(x):
             residual_depthwise_backward_kernel[(cut.programs,)](
-                x, *x.stride(), weight.contiguous(), grad_y, *grad_y.stride(), grad_x, *grad_x.stride(), partial,
-                height, width, channels, cut.span,
-                GELU=gelu, ERF=x.element_size() > 2, ACCUMULATOR=configs.accumulator(x),
-                EVEN=cut.even, WHOLE=cut.whole,
+                x, *x.stride(), weight.contiguous(), weight if x_bias is None else x_bias.contiguous(),
+                grad_y, *grad_y.stride(), grad_x, *grad_x.stride(), partial, height, width, channels, cut.span,
+                GELU=gelu, ERF=x.element_size() > 2, X_BIAS=x_bias is not None,
+                ACCUMULATOR=configs.accumulator(x), EVEN=cut.even, WHOLE=cut.whole,
                 ROWS=cut.rows, STRIPS=cut.strips, CHANNELS=cut.channels, num_warps=cut.warps,
             )  # fmt: skip
-    grad_weight, grad_bias = weight.new_empty((channels, 1, 3, 3)), weight.new_empty((channels,))
-    add_parts(partial, grad_weight, grad_bias)
-    return grad_x, grad_weight, grad_bias
+    add_parts(partial, grad_weight, grad_bias, grad_x_bias)
+    return grad_x, grad_weight, grad_bias, grad_x_bias

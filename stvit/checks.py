@@ -113,24 +113,25 @@ def check_matching(tensor: Any, name: str, x: Tensor, shape: tuple[int, ...], x_
         raise ValueError(f"{name}: expected the device of {x_name}, {x.device}, got {tensor.device}")
 
 
-def check_branch(x: Any, y: Any, gamma: Any, keep: Any) -> None:
-    """That stream x and branch y have one shape and device, and gamma (C,) and keep (B,) fit them."""
+def check_branch(x: Any, y: Any, gamma: Any, keep: Any, bias: Any) -> None:
+    """That stream x and branch y have one shape and device, and gamma (C,), keep (B,) and bias (C,) fit them."""
     check_pixels(x)
     check_pixels(y, "y")
     check_matching(y, "y", x, tuple(x.shape))
-    for tensor, name, count in ((gamma, "gamma", x.shape[1]), (keep, "keep", x.shape[0])):
+    for tensor, name, count in ((gamma, "gamma", x.shape[1]), (keep, "keep", x.shape[0]), (bias, "bias", x.shape[1])):
         if tensor is not None:
             check_matching(tensor, name, x, (count,))
 
 
-def check_depthwise(x: Any, weight: Any, bias: Any, gelu: Any) -> None:
-    """That pixels x have a weight (C, 1, 3, 3) and a bias (C,) or None, and that gelu is a bool."""
+def check_depthwise(x: Any, weight: Any, bias: Any, gelu: Any, x_bias: Any) -> None:
+    """That pixels x have a weight (C, 1, 3, 3), biases (C,) or None, and that gelu is a bool."""
     if not isinstance(gelu, bool):
         raise TypeError(f"gelu: expected a bool, got {gelu!r} of type {type(gelu).__name__}")
     check_pixels(x)
     check_matching(weight, "weight", x, (x.shape[1], 1, 3, 3))
-    if bias is not None:
-        check_matching(bias, "bias", x, (x.shape[1],))
+    for vector, argument in ((bias, "bias"), (x_bias, "x_bias")):
+        if vector is not None:
+            check_matching(vector, argument, x, (x.shape[1],))
 
 
 def check_norm(x: Any, weight: Any, bias: Any, eps: Any) -> float:

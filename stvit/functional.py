@@ -112,15 +112,18 @@ def residual_depthwise(
     bias: Tensor | None = None,  # (C,)
     gelu: bool = False,
     backend: str = "auto",
+    *,
+    x_bias: Tensor | None = None,  # (C,)
 ) -> Tensor:
-    """h + depthwise3x3(h) + bias, where h = gelu(x) (exact, by erf) or x: the position embedding (Huang et al., eq. 1)
-    and the middle of the MLP.
+    """h + depthwise3x3(h) + bias, where h = gelu(x + x_bias) (exact to rounding) or x + x_bias: the position embedding
+    (Huang et al., eq. 1) and the middle of the MLP.
 
     Args:
         x: pixels (B, C, H, W), as for `super_token_sampling`; not cast under autocast.
         weight, bias: (C, 1, 3, 3) and (C,) of a depthwise convolution with padding 1, on x's device, any float dtype.
         gelu: whether GELU comes first. Only x is saved for the backward, either way.
         backend: "auto", "triton", "cuda" or "reference".
+        x_bias: (C,), added to x first: the bias of the 1x1 convolution that x comes from, or None.
 
     Returns:
         (B, C, H, W) in x's dtype and memory format.
@@ -129,11 +132,11 @@ def residual_depthwise(
         TypeError, ValueError: naming the argument and what was expected, before anything is computed.
         BackendError: the backend named can't run; every reason is listed.
     """
-    check_depthwise(x, weight, bias, gelu)
+    check_depthwise(x, weight, bias, gelu, x_bias)
     name = dispatch.choose_for_block(backend, x)
     if name == "reference":
-        return reference.residual_depthwise(x, weight, bias, gelu)
-    return torch.ops.stvit.residual_depthwise(x, weight, bias, gelu, name)
+        return reference.residual_depthwise(x, weight, bias, gelu, x_bias)
+    return torch.ops.stvit.residual_depthwise(x, weight, bias, gelu, x_bias, name)
 
 
 def channel_layer_norm(
@@ -215,14 +218,17 @@ def residual_branch(
     gamma: Tensor | None = None,  # (C,)
     keep: Tensor | None = None,  # (B,)
     backend: str = "auto",
+    *,
+    bias: Tensor | None = None,  # (C,)
 ) -> Tensor:
-    """x + keep * gamma * y: the end of a branch, with LayerScale and drop-path (stochastic depth).
+    """x + keep * gamma * (y + bias): the end of a branch, with LayerScale and drop-path (stochastic depth).
 
     Args:
         x, y: pixels (B, C, H, W) of the stream and of the branch, as for `super_token_sampling`.
         gamma: LayerScale (C,), or None.
         keep: each sample's drop-path factor (B,), 0 or 1 / (1 - drop probability), or None. Gets no gradient.
         backend: "auto", "triton", "cuda" or "reference".
+        bias: (C,), added to y first: that of the 1x1 convolution that y comes from, or None.
 
     Returns:
         (B, C, H, W) in x's memory format and the dtype that PyTorch promotes x, y and gamma to.
@@ -231,9 +237,9 @@ def residual_branch(
         TypeError, ValueError: naming the argument and what was expected, before anything is computed.
         BackendError: the backend named can't run; every reason is listed.
     """
-    check_branch(x, y, gamma, keep)
+    check_branch(x, y, gamma, keep, bias)
     keep = None if keep is None else keep.detach()
     name = dispatch.choose_for_block(backend, x)
-    if name == "reference" or (gamma is None and keep is None):
-        return reference.residual_branch(x, y, gamma, keep)
-    return torch.ops.stvit.residual_branch(x, y, gamma, keep, name)
+    if name == "reference" or (gamma is None and keep is None and bias is None):
+        return reference.residual_branch(x, y, gamma, keep, bias)
+    return torch.ops.stvit.residual_branch(x, y, gamma, keep, bias, name)

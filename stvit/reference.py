@@ -115,8 +115,13 @@ def upsampling(stokens: Tensor, weights: Tensor, stoken_size: tuple[int, int], c
     return laid_out(y, channels_last)
 
 
-def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    """h + depthwise3x3(h) + bias of x (B, C, H, W), where h = gelu(x) or x; weight (C, 1, 3, 3), bias (C,)."""
+def residual_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, x_bias: Tensor | None = None
+) -> Tensor:
+    """h + depthwise3x3(h) + bias of x (B, C, H, W), where h = gelu(x + x_bias) or x + x_bias; weight (C, 1, 3, 3),
+    bias and x_bias (C,)."""
+    if x_bias is not None:
+        x = x + x_bias.to(x.dtype).view(1, -1, 1, 1)
     h = F.gelu(x) if gelu else x
     bias = None if bias is None else bias.to(h.dtype)
     return h + F.conv2d(h, weight.to(h.dtype), bias, padding=1, groups=x.shape[1])
@@ -133,8 +138,13 @@ def channel_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
     return laid_out(y, is_channels_last(x))
 
 
-def residual_branch(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    """x + keep * gamma * y of x and y (B, C, H, W): LayerScale gamma (C,), drop-path factors keep (B,) or None."""
+def residual_branch(
+    x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    """x + keep * gamma * (y + bias) of x and y (B, C, H, W): LayerScale gamma (C,), drop-path factors keep (B,) and
+    bias (C,), each or None."""
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(1, -1, 1, 1)
     if gamma is not None:
         y = gamma.view(1, -1, 1, 1) * y
     if keep is not None:

@@ -1,5 +1,5 @@
-"""The end of a branch as an op: x + keep * gamma * y. Saved for the backward: y, and only where LayerScale wants a
-gradient."""
+"""The end of a branch as an op: x + keep * gamma * (y + bias). Saved for the backward: y, and only where LayerScale
+wants a gradient."""
 
 from __future__ import annotations
 
@@ -19,43 +19,67 @@ def branch_dtype(x: Tensor, y: Tensor, gamma: Tensor | None) -> torch.dtype:
     return dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
 
 
-def _run(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, backend: str) -> Tensor:
-    """x + keep * gamma * y (B, C, H, W); gamma (C,), keep (B,)."""
-    return registry.kernels(backend, "residual_branch").residual_branch(x, y, gamma, keep, branch_dtype(x, y, gamma))
+def _run(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, bias: Tensor | None, backend: str) -> Tensor:
+    """x + keep * gamma * (y + bias) (B, C, H, W); gamma and bias (C,), keep (B,)."""
+    kernels = registry.kernels(backend, "residual_branch")
+    return kernels.residual_branch(x, y, gamma, keep, bias, branch_dtype(x, y, gamma))
 
 
-def _fake(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, backend: str) -> Tensor:
+def _fake(x: Tensor, y: Tensor, gamma: Tensor | None, *_: Any) -> Tensor:
     return empty_like_pixels(x, branch_dtype(x, y, gamma))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, gamma, keep, ctx.backend = inputs
+    x, y, gamma, keep, bias, ctx.backend = inputs
     ctx.dtypes = x.dtype, y.dtype
-    ctx.save_for_backward(None if gamma is None else y, gamma, keep)
+    ctx.save_for_backward(None if gamma is None else y, gamma, keep, bias)
 
 
 def _backward(ctx: Any, grad: Tensor) -> Any:
-    y, gamma, keep = ctx.saved_tensors
+    y, gamma, keep, bias = ctx.saved_tensors
     x_dtype, y_dtype = ctx.dtypes
-    grad_y, grad_gamma = torch.ops.stvit.residual_branch_backward(grad, y, gamma, keep, y_dtype, ctx.backend)
-    return grad.to(x_dtype), grad_y, None if gamma is None else grad_gamma, None, None
+    grad_y, grad_gamma, grad_bias = torch.ops.stvit.residual_branch_backward(
+        grad, y, gamma, keep, bias, y_dtype, ctx.backend
+    )
+    if gamma is None and keep is None:
+        grad_y = grad.to(y_dtype)
+    grads = None if gamma is None else grad_gamma, None, None if bias is None else grad_bias
+    return grad.to(x_dtype), grad_y, *grads, None
 
 
 register(BLOCK_OPS, "residual_branch", _run, _fake, _setup, _backward)
 
 
 def _run_backward(
-    grad: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The gradients of y in `dtype`, and of gamma (C,), or an empty tensor without gamma."""
-    grads = registry.kernels(backend, "residual_branch").residual_branch_backward(grad, y, gamma, keep, dtype)
-    return grads[0], grad.new_empty(0) if grads[1] is None else grads[1]
+    grad: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of y in `dtype`, of gamma (C,) and of bias (C,). Empty tensors stand for those of what isn't there,
+    and without gamma and keep for that of y, which is `grad` itself."""
+    kernels = registry.kernels(backend, "residual_branch")
+    grads = kernels.residual_branch_backward(grad, y, gamma, keep, bias, dtype)
+    grad_y, grad_gamma, grad_bias = (grad.new_empty(0) if each is None else each for each in grads)
+    return grad_y, grad_gamma, grad_bias
 
 
 def _fake_backward(
-    grad: Tensor, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None, dtype: torch.dtype, backend: str
-) -> tuple[Tensor, Tensor]:
-    return empty_like_pixels(grad, dtype), grad.new_empty(0) if gamma is None else torch.empty_like(gamma)
+    grad: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    same = gamma is None and keep is None and bias is not None
+    grad_y = grad.new_empty(0) if same else empty_like_pixels(grad, dtype)
+    parameters = (grad.new_empty(0) if each is None else torch.empty_like(each) for each in (gamma, bias))
+    return grad_y, *parameters  # type: ignore[return-value]
 
 
 register(BLOCK_OPS, "residual_branch_backward", _run_backward, _fake_backward)

@@ -46,23 +46,40 @@ def arguments(device: str) -> dict[str, tuple[Any, ...]]:
     sliced = torch.randn(3, 9, 7, 5, device=device)[1:, 1:6, 2:6, 1:4].requires_grad_()
     end = (vector.detach(), keep)
     return {
-        "residual_depthwise": (pixels(grad=True), weight, vector, True),
-        "residual_depthwise, no bias, sliced": (sliced, weight, None, False),
-        "residual_depthwise, half": (pixels(grad=True, dtype=half), weight, vector, True),
-        "residual_depthwise_backward": (pixels(), pixels(), weight.detach(), True),
-        "residual_depthwise_backward, sliced": (sliced.detach(), sliced.detach(), weight.detach(), False),
+        "residual_depthwise": (pixels(grad=True), weight, vector, True, None),
+        "residual_depthwise, x_bias": (pixels(grad=True), weight, vector, True, parameter(5, grad=True)),
+        "residual_depthwise, no bias, sliced": (sliced, weight, None, False, None),
+        "residual_depthwise, half": (pixels(grad=True, dtype=half), weight, vector, True, None),
+        "residual_depthwise_backward": (pixels(), pixels(), weight.detach(), True, vector.detach().half()),
+        "residual_depthwise_backward, sliced": (sliced.detach(), sliced.detach(), weight.detach(), False, None),
         "channel_layer_norm": (pixels(grad=True), vector, parameter(5, grad=True), 1e-6, torch.float32),
         "channel_layer_norm, sliced": (sliced, vector, parameter(5), 1e-6, torch.float32),
         "channel_layer_norm, half y": (pixels(grad=True), vector, parameter(5, grad=True), 1e-6, half),
         "channel_layer_norm_backward": (pixels(), None, pixels(), vector.detach(), mean, rstd),
         "channel_layer_norm_backward, skip": (pixels(dtype=half), pixels(), pixels(), vector.detach(), mean, rstd),
-        "residual_branch": (pixels(grad=True), pixels(grad=True), vector, keep),
-        "residual_branch, sliced": (sliced, pixels(grad=True), vector, None),
-        "residual_branch, gamma": (pixels(grad=True), pixels(grad=True, dtype=half), vector, None),
-        "residual_branch, keep": (pixels(grad=True, dtype=half), pixels(grad=True, dtype=half), None, keep.half()),
-        "residual_branch_backward": (pixels(), pixels(dtype=half), *end, half),
-        "residual_branch_backward, gamma": (sliced.detach(), sliced.detach(), vector.detach(), None, torch.float32),
-        "residual_branch_backward, keep": (pixels(), None, None, keep, half),
+        "residual_branch": (pixels(grad=True), pixels(grad=True), vector, keep, None),
+        "residual_branch, bias": (pixels(grad=True), pixels(grad=True), vector, keep, parameter(5, grad=True)),
+        "residual_branch, bias alone": (pixels(grad=True), pixels(grad=True), None, None, parameter(5, grad=True)),
+        "residual_branch, sliced": (sliced, pixels(grad=True), vector, None, None),
+        "residual_branch, gamma": (pixels(grad=True), pixels(grad=True, dtype=half), vector, None, None),
+        "residual_branch, keep": (
+            pixels(grad=True, dtype=half),
+            pixels(grad=True, dtype=half),
+            None,
+            keep.half(),
+            None,
+        ),
+        "residual_branch_backward": (pixels(), pixels(dtype=half), *end, vector.detach(), half),
+        "residual_branch_backward, gamma": (
+            sliced.detach(),
+            sliced.detach(),
+            vector.detach(),
+            None,
+            None,
+            torch.float32,
+        ),
+        "residual_branch_backward, keep": (pixels(), None, None, keep, None, half),
+        "residual_branch_backward, bias": (pixels(), None, None, None, vector.detach(), torch.float32),
     }
 
 
@@ -149,30 +166,37 @@ def test_compiled_model_equals_eager_one(backend: str, device: str) -> None:
         assert_same_step(compiled, model, torch.randn(2, 3, 32, 32, dtype=torch.float64, device=device))
 
 
-def calls(channels: int, side: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+def calls(channels: int, side: int, dtype: torch.dtype, batch: int = 1) -> Iterator[tuple[str, Callable[[], Any]]]:
     """What a stage of so many channels launches, with and without LayerScale and drop-path, under autocast or not."""
 
     def op(name: str, *given: Any) -> tuple[str, Callable[[], Any]]:
         return name, lambda: getattr(torch.ops.stvit, name)(*given, "triton")
 
     def pixels(channels: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(1, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        shape = (batch, channels, side, side)
+        return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
 
     for width, gelu in ((channels, False), (4 * channels, True)):
         x, weight, bias = pixels(width), torch.zeros(width, 1, 3, 3), torch.zeros(width)
-        yield op("residual_depthwise", x, weight, bias, gelu)
-        yield op("residual_depthwise_backward", x, x, weight, gelu)
-    x, stream, vector, keep = pixels(channels), pixels(channels, torch.float32), torch.zeros(channels), torch.zeros(1)
-    mean = torch.zeros(1, side, side)
+        x_bias = bias if gelu else None
+        yield op("residual_depthwise", x, weight, bias, gelu, x_bias)
+        yield op("residual_depthwise_backward", x, x, weight, gelu, x_bias)
+    x, stream, vector, keep = (
+        pixels(channels),
+        pixels(channels, torch.float32),
+        torch.zeros(channels),
+        torch.zeros(batch),
+    )
+    mean = torch.zeros(batch, side, side)
     yield op("channel_layer_norm", x, vector, vector, 1e-6, dtype)
     yield op("channel_layer_norm", stream, vector, vector, 1e-6, dtype)
     yield op("channel_layer_norm_backward", x, None, x, vector, mean, mean)
     yield op("channel_layer_norm_backward", x, x, x, vector, mean, mean)
     yield op("channel_layer_norm_backward", x, stream, stream, vector, mean, mean)
     for gamma, factors in ((None, keep.to(dtype)), (vector, keep)):
-        yield op("residual_branch", x if gamma is None else stream, x, gamma, factors)
+        yield op("residual_branch", x if gamma is None else stream, x, gamma, factors, vector)
         grad = x if gamma is None else stream
-        yield op("residual_branch_backward", grad, None if gamma is None else x, gamma, factors, dtype)
+        yield op("residual_branch_backward", grad, None if gamma is None else x, gamma, factors, vector, dtype)
 
 
 def compile_all(capability: int) -> Iterator[dict[str, Any]]:
@@ -197,6 +221,27 @@ def test_kernels_compile_without_spills_or_atomics(capability: int, run_python: 
     assert compiled == {(*stage, str(dtype), op) for stage in stages for dtype in DTYPES for op in registry.BLOCK_OPS}
 
 
+BATCHES = (128, 80, 127, 100, 64, 32, 8, 2, 1)
+
+
+def compiled_over_batches() -> Iterator[dict[str, Any]]:
+    """How often a run over BATCHES compiles each kernel of each call at stage 1 of stvit_small."""
+    from tests.support.compiled import compiled_kernels
+
+    found: dict[tuple[int, str], set[str]] = {}
+    for batch in BATCHES:
+        for which, (_, call) in enumerate(calls(64, 56, torch.bfloat16, batch)):
+            for name, hashed in compiled_kernels(call, 90):
+                found.setdefault((which, name), set()).add(hashed)
+    return ({"call": which, "kernel": name, "times": len(hashes)} for (which, name), hashes in found.items())
+
+
+def test_a_run_over_many_batches_compiles_each_kernel_at_most_twice(run_python: Callable[..., Any]) -> None:
+    output = run_python(__file__, "batches", env={"PYTHONPATH": str(Path(__file__).resolve().parents[2])}).stdout
+    found = [json.loads(line) for line in output.splitlines()]
+    assert found and not [kernel for kernel in found if kernel["times"] > 2]
+
+
 if __name__ == "__main__":
-    for kernel in compile_all(int(sys.argv[1])):
+    for kernel in compiled_over_batches() if sys.argv[1] == "batches" else compile_all(int(sys.argv[1])):
         print(json.dumps(kernel), flush=True)

@@ -41,7 +41,8 @@ STOKENS = [
 DEPTHWISE = [
     depthwise.Case(Pixels(1, 64, 9, 6, BRAIN, LAST, LAST, SINGLE), gelu=True),
     depthwise.Case(Pixels(1, 64, 9, 6, BRAIN, LAST, LAST), bias=False),
-    depthwise.Case(Pixels(2, 40, 5, 7, HALF, SLICED, SLICED_LAST), gelu=True),
+    depthwise.Case(Pixels(2, 40, 5, 7, HALF, SLICED, SLICED_LAST), gelu=True, x_bias=True),
+    depthwise.Case(Pixels(1, 64, 7, 3, BRAIN, LAST, LAST, SINGLE), gelu=True, x_bias=True),
     depthwise.Case(Pixels(1, 256, 7, 3, HALF, LAST, LAST, SINGLE), gelu=True),
     depthwise.Case(Pixels(1, 20, 5, 7, SINGLE, LAST, LAST), gelu=True, span=3),
     depthwise.Case(Pixels(1, 20, 5, 3, DOUBLE)),
@@ -57,7 +58,8 @@ NORM = [
 BRANCH = [
     branch.Case(Pixels(3, 64, 5, 6, BRAIN, LAST, LAST)),
     branch.Case(Pixels(3, 64, 5, 6, BRAIN, LAST, LAST, SINGLE), gamma=False, stream=SINGLE),
-    branch.Case(Pixels(2, 40, 5, 7, HALF, SLICED, SLICED_LAST)),
+    branch.Case(Pixels(2, 40, 5, 7, HALF, SLICED, SLICED_LAST), bias=True),
+    branch.Case(Pixels(3, 64, 5, 6, BRAIN, LAST, LAST, SINGLE), gamma=False, bias=True),
     branch.Case(Pixels(1, 320, 5, 9, HALF, LAST, LAST, SINGLE), keep=False, elements=1024, programs=2),
     branch.Case(Pixels(2, 20, 5, 7, SINGLE, LAST, LAST)),
     branch.Case(Pixels(2, 20, 3, 3, DOUBLE), keep=False),

@@ -30,13 +30,16 @@ class Case(NamedTuple):
     stream_layout: str | None = None
     elements: int | None = None
     programs: int | None = None
+    bias: bool = False
 
     def tensors(self, device: str) -> dict[str, Tensor]:
-        """x, y and gamma."""
+        """x, y, and gamma and bias where there are any."""
         pixels = self.pixels
         x = pixels.pixels(0, device).to(self.stream or pixels.dtype)
         tensors = {"x": LAYOUTS[self.stream_layout or pixels.layout](x), "y": pixels.pixels(1, device)}
-        return tensors | ({"gamma": pixels.parameter(0, device, pixels.channels)} if self.gamma else {})
+        parameters = {"gamma": self.gamma, "bias": self.bias}
+        found = {name: pixels.parameter(i, device, pixels.channels) for i, name in enumerate(parameters)}
+        return tensors | {name: found[name] for name, wanted in parameters.items() if wanted}
 
     def factors(self, device: str) -> Tensor | None:
         """keep: dropped, kept and scaled, kept; and so on."""
@@ -56,8 +59,8 @@ def compute(case: Case, device: str, backend: str, dtype: torch.dtype) -> Result
         patch.setattr(kernels, "ELEMENTS", case.elements or kernels.ELEMENTS)
         patch.setattr(kernels, "PROGRAMS", case.programs or kernels.PROGRAMS)
         keep = keep.double() if wide and keep is not None else keep
-        out = residual_branch(leaves["x"], leaves["y"], leaves.get("gamma"), keep, backend)
-        if backend == "triton" and (case.gamma or case.keep):
+        out = residual_branch(leaves["x"], leaves["y"], leaves.get("gamma"), keep, backend, bias=leaves.get("bias"))
+        if backend == "triton" and (case.gamma or case.keep or case.bias):
             assert out.is_contiguous(memory_format=memory_format(is_channels_last(leaves["x"])))
         grads = torch.autograd.grad(out, list(leaves.values()), case.grad(device, out.dtype))
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
@@ -68,7 +71,7 @@ def terms(case: Case, device: str) -> Results:
     tensors, keep = case.tensors(device), case.factors(device)
     leaves = {name: tensor.double().abs().requires_grad_() for name, tensor in tensors.items()}
     keep = None if keep is None else keep.double()
-    out = reference.residual_branch(leaves["x"], leaves["y"], leaves.get("gamma"), keep)
+    out = reference.residual_branch(leaves["x"], leaves["y"], leaves.get("gamma"), keep, leaves.get("bias"))
     grads = torch.autograd.grad(out, list(leaves.values()), case.grad(device, DOUBLE).abs())
     return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
 
@@ -102,7 +105,10 @@ LISTED = [
     *(Case(Pixels(2, 5, 7, 9, dtype, LAST, LAST), elements=32, programs=3) for dtype in DTYPES),
     Case(Pixels(3, 20, 5, 5, SINGLE), elements=64, programs=1),
     Case(Pixels(2, 300, 3, 3, DOUBLE, LAST), keep=False, elements=256, programs=4),
-    Case(Pixels(0, 3, 5, 7, HALF, LAST, LAST)),  # no images
+    # With the bias of the convolution that y comes from.
+    *(Case(Pixels(3, 20, 3, 6, dtype, LAST, LAST), *end, bias=True) for dtype in DTYPES for end in ENDS),
+    Case(Pixels(2, 96, 5, 4, HALF, LAST, LAST, SINGLE), stream=SINGLE, elements=64, programs=2, bias=True),
+    Case(Pixels(0, 3, 5, 7, HALF, LAST, LAST), bias=True),  # no images
     Case(Pixels(0, 3, 5, 7, SINGLE), gamma=False),
     Case(Pixels(2, 40, 9, 7, torch.bfloat16, LAST, LAST, SINGLE), stream=SINGLE),
 ]

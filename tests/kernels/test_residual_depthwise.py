@@ -21,43 +21,49 @@ from tests.support.cases import DOUBLE, DTYPES, HALF, LAST, SINGLE, SLICED, SLIC
 
 
 class Case(NamedTuple):
-    """One call; span is the number of columns that a program walks, None: as the kernel has it."""
+    """One call; span is the number of columns that a program walks, None: as the kernel has it. x_bias: whether the
+    bias of a convolution in front is added first."""
 
     pixels: Pixels
     gelu: bool = False
     bias: bool = True
     span: int | None = None
+    x_bias: bool = False
 
-    def parameters(self, device: str) -> list[Tensor]:
+    def parameters(self, device: str) -> Results:
         channels = self.pixels.channels
-        weight, bias = self.pixels.parameter(0, device, channels, 1, 3, 3), self.pixels.parameter(1, device, channels)
-        return [0.4 * weight, bias][: 1 + self.bias]
+        wanted = {"weight": True, "bias": self.bias, "x_bias": self.x_bias}
+        shapes = {"weight": (channels, 1, 3, 3), "bias": (channels,), "x_bias": (channels,)}
+        found = {name: self.pixels.parameter(i, device, *shape) for i, (name, shape) in enumerate(shapes.items())}
+        found["weight"] *= 0.4
+        return {name: parameter for name, parameter in found.items() if wanted[name]}
 
 
 def compute(case: Case, device: str, backend: str, dtype: torch.dtype) -> Results:
     """y and every gradient in `dtype`. The reference takes its parameters in the dtype of x, as autocast gives them."""
     pixels = case.pixels
     x = leaf(pixels.pixels(0, device), dtype)
-    parameters = [leaf(p, DOUBLE if dtype == DOUBLE else p.dtype) for p in case.parameters(device)]
-    weight, bias = ([*parameters, None] if backend == "triton" else [*(p.to(dtype) for p in parameters), None])[:2]
+    leaves = {name: leaf(p, DOUBLE if dtype == DOUBLE else p.dtype) for name, p in case.parameters(device).items()}
+    given = leaves if backend == "triton" else {name: parameter.to(dtype) for name, parameter in leaves.items()}
     with pytest.MonkeyPatch.context() as patch:
         if case.span:
             patch.setattr(kernels, "SPAN", case.span)
-        y = residual_depthwise(x, weight, bias, case.gelu, backend)
+        y = residual_depthwise(x, given["weight"], given.get("bias"), case.gelu, backend, x_bias=given.get("x_bias"))
         if backend == "triton":
             assert y.is_contiguous(memory_format=memory_format(is_channels_last(x)))
         grad = pixels.pixels(1, device, dtype, pixels.grad_layout)
-        grads = torch.autograd.grad(y, [x, *parameters], grad)
-    return dict(zip(("y", "x", "weight", "bias"), (y.detach(), *grads), strict=False))
+        grads = torch.autograd.grad(y, [x, *leaves.values()], grad)
+    return dict(zip(("y", "x", *leaves), (y.detach(), *grads), strict=True))
 
 
 def terms(case: Case, device: str) -> Results:
     """The same of absolute values: nothing cancels. GELU is no larger than its argument, and its slope than 1.13."""
-    tensors = (case.pixels.pixels(0, device), *case.parameters(device))
-    inputs = [tensor.double().abs().requires_grad_() for tensor in tensors]
-    y = reference.residual_depthwise(*[*inputs, None][:3], False)
-    grads = torch.autograd.grad(y, inputs, case.pixels.pixels(1, device, DOUBLE, case.pixels.grad_layout).abs())
-    return dict(zip(("y", "x", "weight", "bias"), (y.detach(), *grads), strict=False))
+    tensors = {"x": case.pixels.pixels(0, device), **case.parameters(device)}
+    inputs = {name: tensor.double().abs().requires_grad_() for name, tensor in tensors.items()}
+    y = reference.residual_depthwise(inputs["x"], inputs["weight"], inputs.get("bias"), False, inputs.get("x_bias"))
+    grad = case.pixels.pixels(1, device, DOUBLE, case.pixels.grad_layout).abs()
+    grads = torch.autograd.grad(y, list(inputs.values()), grad)
+    return dict(zip(("y", *inputs), (y.detach(), *grads), strict=True))
 
 
 def check_case(case: Case, device: str) -> None:
@@ -87,7 +93,11 @@ LISTED = [
     Case(Pixels(2, 5, 5, 7, SINGLE, LAST, LAST), gelu=True, span=3),  # several programs across, the last one shorter
     Case(Pixels(1, 130, 9, 4, DOUBLE, LAST, LAST), span=2),
     Case(Pixels(1, 2, 2, 5, HALF), gelu=True, span=1),
-    Case(Pixels(0, 3, 5, 7, HALF, LAST, LAST), gelu=True),  # no images
+    # The bias of the convolution in front: zeros around the image stay zeros, in strips that divide it and that don't.
+    Case(Pixels(1, 64, 7, 4, HALF, LAST, LAST, SINGLE), gelu=True, x_bias=True),
+    Case(Pixels(2, 20, 9, 5, SINGLE, LAST, LAST), gelu=True, span=2, x_bias=True),
+    Case(Pixels(1, 3, 5, 3, DOUBLE, SLICED), bias=False, x_bias=True),
+    Case(Pixels(0, 3, 5, 7, HALF, LAST, LAST), gelu=True, x_bias=True),  # no images
     Case(Pixels(0, 70, 2, 2, SINGLE), bias=False),
     Case(Pixels(1, 40, 9, 7, torch.bfloat16, LAST, LAST, SINGLE), gelu=True),
     Case(Pixels(2, 300, 5, 6, torch.bfloat16, LAST, LAST)),
@@ -100,7 +110,7 @@ def test_listed_cases(case: Case, device: str) -> None:
     check_case(case, device)
 
 
-@given(case=st.builds(Case, drawn_pixels(), st.booleans(), st.booleans(), st.none() | st.integers(1, 5)))
+@given(case=st.builds(Case, drawn_pixels(), st.booleans(), st.booleans(), st.none() | st.integers(1, 5), st.booleans()))
 @settings(max_examples=20)
 def test_drawn_cases(case: Case, device: str) -> None:
     check_case(case, device)
@@ -290,6 +300,10 @@ X, WEIGHT, BIAS = torch.zeros(2, 3, 4, 5), torch.zeros(3, 1, 3, 3), torch.zeros(
         ({"bias": torch.zeros(4)}, ValueError, "bias"),
         ({"bias": BIAS.bool()}, TypeError, "bias"),
         ({"bias": BIAS.to("meta")}, ValueError, "bias"),
+        ({"x_bias": torch.zeros(4)}, ValueError, "x_bias"),
+        ({"x_bias": 1.0}, TypeError, "x_bias"),
+        ({"x_bias": torch.zeros(4)}, ValueError, "x_bias"),
+        ({"x_bias": 1.0}, TypeError, "x_bias"),
         ({"gelu": "exact"}, TypeError, "gelu"),
         ({"backend": "fast"}, ValueError, "backend"),
         ({"backend": 1}, TypeError, "backend"),

@@ -89,3 +89,10 @@ def compile_call(call: Callable[[], Any], capability: int) -> list[Usage]:
     with _compile_only(capability) as kernels:
         call()
     return [usage(kernel) for kernel in {id(kernel): kernel for kernel in kernels}.values()]
+
+
+def compiled_kernels(call: Callable[[], Any], capability: int) -> set[tuple[str, str]]:
+    """Name and hash of every distinct kernel that `call` launches."""
+    with _compile_only(capability) as kernels:
+        call()
+    return {(kernel.metadata.name, kernel.hash) for kernel in kernels}
