@@ -12,6 +12,7 @@ from torch import Tensor
 from . import reference
 from .backends import dispatch
 from .backends.channel_layer_norm import NormAndSkip
+from .backends.registry import ops
 from .checks import check_branch, check_depthwise, check_norm, check_sampling, check_upsampling
 from .geometry import Association
 from .tensors import autocast, autocast_dtype, is_channels_last, without_autocast
@@ -65,7 +66,7 @@ def super_token_sampling(
         with without_autocast(x):
             stokens, weights, mass = reference.sampling(x, (h, w), n_iter, scale, association_grad)
     else:
-        stokens, weights, mass, _ = torch.ops.stvit.sampling(x, h, w, n_iter, scale, association_grad, name)
+        stokens, weights, mass, _ = ops.sampling(x, h, w, n_iter, scale, association_grad, name)
     return stokens, Association(weights, mass, (h, w), is_channels_last(x))
 
 
@@ -103,7 +104,7 @@ def token_upsampling(
         with without_autocast(stokens):
             y = reference.upsampling(stokens, weights, (h, w), channels_last)
             return y if residual is None else y + residual
-    return torch.ops.stvit.upsampling(stokens, weights, residual, h, w, channels_last, name)
+    return ops.upsampling(stokens, weights, residual, h, w, channels_last, name)
 
 
 def residual_depthwise(
@@ -136,7 +137,7 @@ def residual_depthwise(
     name = dispatch.choose_for_block(backend, x)
     if name == "reference":
         return reference.residual_depthwise(x, weight, bias, gelu, x_bias)
-    return torch.ops.stvit.residual_depthwise(x, weight, bias, gelu, x_bias, name)
+    return ops.residual_depthwise(x, weight, bias, gelu, x_bias, name)
 
 
 def channel_layer_norm(
@@ -167,7 +168,7 @@ def channel_layer_norm(
     name = dispatch.choose_for_block(backend, x)
     if name == "reference":
         return autocast(reference.channel_layer_norm(x, weight, bias, eps))
-    return torch.ops.stvit.channel_layer_norm(x, weight, bias, eps, autocast_dtype(x), name)[0]
+    return ops.channel_layer_norm(x, weight, bias, eps, autocast_dtype(x), name)[0]
 
 
 def channel_layer_norm_and_skip(
@@ -242,4 +243,4 @@ def residual_branch(
     name = dispatch.choose_for_block(backend, x)
     if name == "reference" or (gamma is None and keep is None and bias is None):
         return reference.residual_branch(x, y, gamma, keep, bias)
-    return torch.ops.stvit.residual_branch(x, y, gamma, keep, bias, name)
+    return ops.residual_branch(x, y, gamma, keep, bias, name)

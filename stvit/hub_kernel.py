@@ -101,9 +101,8 @@ def write(folder: Path, namespace: str | None = None) -> Path:
     (target / "__init__.py").write_text(ENTRY)
     (target / "layers.py").write_text(LAYERS)
     namespace = namespace or f"stvit_{_digest(target)[:12]}"
-    for path in target.rglob("*.py"):
-        text = path.read_text().replace("torch.ops.stvit.", f"torch.ops.{namespace}.")
-        path.write_text(text.replace('"stvit::', f'"{namespace}::'))
+    registry = target / "backends" / "registry.py"
+    registry.write_text(registry.read_text().replace('NAMESPACE = "stvit"', f'NAMESPACE = "{namespace}"'))
     metadata = {
         "id": namespace,  # the module's name too
         "name": "stvit",

@@ -29,8 +29,10 @@ class AuthorsSTViT(STViT):
         x = self.pos_drop(self.patch_embed(x))
         maps: list[Tensor] = []
         for stage in list(self.layers)[:stages]:
-            maps.append(stage(x))
-            x = maps[-1] if stage.downsample is None else stage.downsample(maps[-1])
+            x = stage(x)
+            maps.append(x)
+            if isinstance(stage.downsample, nn.Module):
+                x = stage.downsample(x)
         return maps
 
 

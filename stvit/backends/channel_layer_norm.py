@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..tensors import accumulator, empty_like_pixels
 from . import registry
-from .registry import BLOCK_OPS, register
+from .registry import BLOCK_OPS, ops, register
 
 
 def _run(
@@ -37,7 +37,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, grad_y: Tensor, *_: Tensor) -> Any:
-    grads = torch.ops.stvit.channel_layer_norm_backward(grad_y, None, *ctx.saved_tensors, ctx.backend)
+    grads = ops.channel_layer_norm_backward(grad_y, None, *ctx.saved_tensors, ctx.backend)
     return (*grads, None, None, None)
 
 
@@ -69,12 +69,12 @@ class NormAndSkip(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, backend: str
     ) -> tuple[Tensor, Tensor]:
-        y, mean, rstd = torch.ops.stvit.channel_layer_norm(x, weight, bias, eps, dtype, backend)
+        y, mean, rstd = ops.channel_layer_norm(x, weight, bias, eps, dtype, backend)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.backend = backend
         return y, x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, skip: Tensor) -> Any:  # type: ignore[override]
-        grads = torch.ops.stvit.channel_layer_norm_backward(grad_y, skip, *ctx.saved_tensors, ctx.backend)
+        grads = ops.channel_layer_norm_backward(grad_y, skip, *ctx.saved_tensors, ctx.backend)
         return (*grads, None, None, None)

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from . import extension
 
+NAMESPACE = "stvit"  # of the ops in torch.ops; a copy of the package beside this one has another (hub_kernel.py)
 KERNELS = {"triton": "kernels"}  # backend -> the package, beside this one, that holds its kernels
 SUPER_TOKEN_OPS: list[str] = []  # names of the ops of super token attention, which every backend implements
 BLOCK_OPS: list[str] = []  # names of the ops of the rest of the block, which the extension leaves to others
@@ -30,6 +32,49 @@ def kernels(backend: str, op: str) -> Any:
     return importlib.import_module(f"..{KERNELS[backend]}.{op}", __package__)
 
 
+class Ops:
+    """The ops by name, called the shortest way: `ops.sampling(x, ...)`.
+
+    torch.ops.stvit.sampling does the same for everyone. Its way through PyTorch's dispatcher and the autograd that
+    torch.library generates costs the host as much as the kernels' launches; `_Direct` needs a third of it. Where
+    somebody looks at ops (the compiler, modes, subclasses of Tensor, tracers, the profiler) they are what is called.
+    """
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(f"no op {name} is registered")
+
+
+ops: Any = Ops()
+
+
+def _unseen(arguments: tuple[Any, ...]) -> bool:
+    """Whether nobody but autograd looks at a call with these arguments."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._autograd._profiler_enabled()
+        or any(isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter) for value in arguments)
+    )
+
+
+def _direct(
+    run: Callable[..., Any], setup: Callable[..., None] | None, backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """The op as an autograd.Function: what torch.library makes of the same parts, without the dispatcher."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = run(*arguments)
+            if setup is not None:
+                setup(ctx, arguments, output)
+            return output
+
+    Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
+    return Direct
+
+
 def register(
     names: list[str],
     name: str,
@@ -38,17 +83,28 @@ def register(
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Defines the op stvit::`name` for every device and adds it to `names`.
+    """Defines the op NAMESPACE::`name` for every device, adds it to `names` and makes it an attribute of `ops`.
 
     The schema is that of `run`'s annotations. `setup` saves for `backward`; the gradient of an op without them is an
     error, not a result that leaves the op out.
     """
     schema = torch.library.infer_schema(run, mutates_args=())
-    torch.library.define(f"stvit::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"stvit::{name}", "default", run)
-    torch.library.register_fake(f"stvit::{name}", fake)
-    torch.library.register_autograd(f"stvit::{name}", backward or _refuse_second, setup_context=setup)
+    torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"{NAMESPACE}::{name}", "default", run)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward or _refuse_second, setup_context=setup)
     names.append(name)
+    overload, direct = (
+        getattr(getattr(torch.ops, NAMESPACE), name).default,
+        _direct(run, setup, backward or _refuse_second),
+    )
+
+    def call(*arguments: Any) -> Any:
+        if not _unseen(arguments):
+            return overload(*arguments)
+        return direct.apply(*arguments) if torch.is_grad_enabled() else run(*arguments)
+
+    setattr(ops, name, call)
 
 
 def _refuse_second(ctx: Any, *_: Any) -> Any:

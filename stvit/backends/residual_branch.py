@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tensors import empty_like_pixels
 from . import registry
-from .registry import BLOCK_OPS, register
+from .registry import BLOCK_OPS, ops, register
 
 
 def branch_dtype(x: Tensor, y: Tensor, gamma: Tensor | None) -> torch.dtype:
@@ -38,9 +38,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> Any:
     y, gamma, keep, bias = ctx.saved_tensors
     x_dtype, y_dtype = ctx.dtypes
-    grad_y, grad_gamma, grad_bias = torch.ops.stvit.residual_branch_backward(
-        grad, y, gamma, keep, bias, y_dtype, ctx.backend
-    )
+    grad_y, grad_gamma, grad_bias = ops.residual_branch_backward(grad, y, gamma, keep, bias, y_dtype, ctx.backend)
     if gamma is None and keep is None:
         grad_y = grad.to(y_dtype)
     grads = None if gamma is None else grad_gamma, None, None if bias is None else grad_bias

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..tensors import empty_like_pixels
 from . import registry
-from .registry import BLOCK_OPS, register
+from .registry import BLOCK_OPS, ops, register
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, x_bias: Tensor | None, backend: str) -> Tensor:
@@ -29,7 +29,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_y: Tensor) -> Any:
     x, weight, x_bias = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias, grad_x_bias = torch.ops.stvit.residual_depthwise_backward(
+    grad_x, grad_weight, grad_bias, grad_x_bias = ops.residual_depthwise_backward(
         grad_y, x, weight, ctx.gelu, x_bias, ctx.backend
     )
     wanted = ctx.needs_input_grad

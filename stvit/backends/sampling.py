@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..geometry import grid_size
 from ..tensors import accumulator, empty_like_pixels, empty_pixels, empty_weights, is_channels_last
 from . import registry
-from .registry import SUPER_TOKEN_OPS, register
+from .registry import SUPER_TOKEN_OPS, ops, register
 
 
 def _run(
@@ -49,11 +48,11 @@ def _backward(ctx: Any, grad_stokens: Tensor | None, grad_weights: Tensor | None
     h, w, n_iter, scale = ctx.geometry
     grad = None
     if full and (grad_stokens is not None or grad_weights is not None):
-        grad = torch.ops.stvit.sampling_backward_full(
+        grad = ops.sampling_backward_full(
             grad_stokens, grad_weights, *full, weights, mass, h, w, n_iter, scale, ctx.backend
         )
     elif grad_stokens is not None:
-        grad = torch.ops.stvit.sampling_backward(grad_stokens, weights, mass, h, w, ctx.channels_last, ctx.backend)
+        grad = ops.sampling_backward(grad_stokens, weights, mass, h, w, ctx.channels_last, ctx.backend)
     return (grad, *[None] * 6)
 
 

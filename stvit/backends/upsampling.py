@@ -13,7 +13,7 @@ from torch import Tensor
 from ..geometry import grid_size
 from ..tensors import empty_like_pixels, empty_pixels, empty_weights, is_channels_last
 from . import registry
-from .registry import SUPER_TOKEN_OPS, register
+from .registry import SUPER_TOKEN_OPS, ops, register
 
 
 def _run(
@@ -42,13 +42,9 @@ def _backward(ctx: Any, grad: Tensor) -> Any:
     weights, *full = ctx.saved_tensors
     grad_y, grad_weights = grad.to(ctx.dtype), None
     if full:
-        grad_stokens, grad_weights = torch.ops.stvit.upsampling_backward_full(
-            grad_y, full[0], weights, ctx.h, ctx.w, ctx.backend
-        )
+        grad_stokens, grad_weights = ops.upsampling_backward_full(grad_y, full[0], weights, ctx.h, ctx.w, ctx.backend)
     else:
-        grad_stokens = torch.ops.stvit.upsampling_backward(
-            grad_y, weights, ctx.h, ctx.w, ctx.channels_last, ctx.backend
-        )
+        grad_stokens = ops.upsampling_backward(grad_y, weights, ctx.h, ctx.w, ctx.channels_last, ctx.backend)
     grad_residual = None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype)
     return grad_stokens, grad_weights, grad_residual, None, None, None, None
 
