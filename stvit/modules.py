@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import functional
 from .backends import dispatch
 from .checks import check_pixels, stoken_pair
-from .tensors import autocast, is_channels_last, laid_out, transformed
+from .tensors import autocast, autocast_dtype, is_channels_last, laid_out, transformed
 
 # Steps of their own to torch.fx, whose proxies have neither shape nor strides.
 for _name in ("_check_channels", "_drop_factors", "_in_format_of", "autocast"):
@@ -47,6 +47,25 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     If so its parameters may be used without calling it; any other is called.
     """
     return type(module) is kind and silent(module)
+
+
+def _idle(drop: nn.Module) -> bool:
+    """Whether this dropout passes its input on and nobody listens to it."""
+    return plain(drop, nn.Dropout) and (not drop.training or bool(drop.p == 0.0))
+
+
+def _by_kernels(backend: str, x: Tensor) -> bool:
+    """Whether the block's ops run on kernels for x, which add a bias where they read pixels anyway."""
+    return not isinstance(x, torch.fx.Proxy) and dispatch.choose_for_block(backend, x) != "reference"
+
+
+def _bias_apart(conv: nn.Module) -> Tensor | None:
+    """The bias of a 1x1 convolution that may be computed without it, or None.
+
+    cuDNN adds a bias in a kernel of its own, which reads and writes the output once more, and sums its gradient in
+    another.
+    """
+    return conv.bias if isinstance(conv, nn.Conv2d) and plain(conv, nn.Conv2d) else None
 
 
 def _check_channels(x: Tensor, dim: int) -> None:
@@ -95,11 +114,14 @@ class ResidualDepthwise(nn.Module):
         self.gelu = gelu
         self.backend = dispatch.check_backend(backend)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+        """Of x, or of x + x_bias, (C,): the bias that the 1x1 convolution in front has left to this one."""
         if not plain(self.conv, nn.Conv2d):
+            x = x if x_bias is None else x + x_bias.to(x.dtype).view(1, -1, 1, 1)
             h = F.gelu(x) if self.gelu else x
             return _in_format_of(x, h + self.conv(h).to(h.dtype))
-        return functional.residual_depthwise(x, self.conv.weight, self.conv.bias, self.gelu, self.backend)
+        conv = self.conv
+        return functional.residual_depthwise(x, conv.weight, conv.bias, self.gelu, self.backend, x_bias=x_bias)
 
 
 class Mlp(nn.Module):
@@ -127,8 +149,25 @@ class Mlp(nn.Module):
         self.conv = ResidualDepthwise(hidden_dim, gelu=fused, backend=backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.act(self.fc1(x)))
-        return self.drop(self.fc2(self.conv(x)))
+        return self.drop(self.fc2(self._hidden(x)))
+
+    def without_bias(self, x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+        """(y, bias): the MLP of x before fc2's bias (dim,) is added, or all of it and None where that can't wait."""
+        bias = _bias_apart(self.fc2) if _idle(self.drop) and _by_kernels(backend, x) else None
+        if bias is None:
+            return self(x), None
+        return F.conv2d(self._hidden(x), self.fc2.weight), bias
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """What fc2 takes, (B, hidden_dim, H, W). fc1's bias goes into the depthwise op where nothing lies between."""
+        bias = _bias_apart(self.fc1)
+        if bias is None or not self._depthwise_follows() or not _by_kernels(self.conv.backend, x):
+            return self.conv(self.drop(self.act(self.fc1(x))))
+        return self.conv(F.conv2d(x, self.fc1.weight), bias)
+
+    def _depthwise_follows(self) -> bool:
+        between = plain(self.act, nn.Identity) and _idle(self.drop)
+        return between and plain(self.conv, ResidualDepthwise) and self.conv.gelu
 
 
 class DropPath(nn.Module):
@@ -187,15 +226,41 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.qkv(x).flatten(2).transpose(1, 2)  # (B, N, 3C): contiguous as it is in channels_last
+        return self.proj_drop(self.proj(self._attended(x)))
+
+    def without_bias(self, x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+        """(y, bias): the attention of x before the projection's bias (dim,), or all of it and None."""
+        bias = _bias_apart(self.proj) if _idle(self.proj_drop) and _by_kernels(backend, x) else None
+        if bias is None:
+            return self(x), None
+        return F.conv2d(self._attended(x), self.proj.weight), bias
+
+    def _attended(self, x: Tensor) -> Tensor:
+        """What the projection takes, (B, dim, H, W)."""
+        tokens = self._product(x)
         backend = dispatch.default_backend() if self.backend == "auto" else self.backend
         if backend == "reference" or transformed() or not plain(self.attn_drop, nn.Dropout):
             y = self._explicit(tokens)
         else:
             drop = self.attn_drop.p if self.training else 0.0
             y = functional.multi_head_attention(tokens.contiguous(), self.num_heads, self.scale, drop)
-        y = _in_format_of(x, y.transpose(1, 2).unflatten(2, x.shape[2:]))
-        return self.proj_drop(self.proj(y))
+        return _in_format_of(x, y.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+    def _product(self, x: Tensor) -> Tensor:
+        """The output of qkv as tokens (B, N, 3C): contiguous as it is in channels_last.
+
+        There, in 16 bits, it is one product of matrices, whose epilogue adds the bias. Not in float32, where PyTorch
+        lets convolutions run in TF32 and products of matrices not.
+        """
+        bias = _bias_apart(self.qkv)
+        if (
+            bias is None
+            or not _by_kernels(self.backend, x)
+            or autocast_dtype(x).itemsize > 2
+            or not is_channels_last(x)
+        ):
+            return self.qkv(x).flatten(2).transpose(1, 2)
+        return F.linear(x.flatten(2).transpose(1, 2), self.qkv.weight.flatten(1), bias)
 
     def weights(self, x: Tensor) -> Tensor:
         """How much each position attends to each other: (B, C, H, W) -> (B, heads, N, N), N = H * W, for looking at."""
@@ -301,9 +366,13 @@ class StokenAttention(nn.Module):
         """
         _check_channels(x, self.dim)
         if residual is not None and (gamma is not None or self.stoken_size == (1, 1)):
-            y = self._attend(x)
+            refine = self.stoken_refine
+            if self.stoken_size == (1, 1) and isinstance(refine, Attention) and plain(refine, Attention):
+                y, bias = refine.without_bias(x, self.backend)
+            else:
+                y, bias = self._attend(x), None
             keep = None if drop_path is None else drop_path.factors(y, gamma)
-            return functional.residual_branch(residual, y, gamma, keep, self.backend)
+            return functional.residual_branch(residual, y, gamma, keep, self.backend, bias=bias)
         return self._attend(x, residual, drop_path)
 
     def _attend(self, x: Tensor, residual: Tensor | None = None, drop_path: DropPath | None = None) -> Tensor:
@@ -385,11 +454,14 @@ class SuperTokenBlock(nn.Module):
         if plain(self.attn, StokenAttention) and plain(self.drop_path, DropPath):
             x = self.attn(y, x, gamma_1, self.drop_path)
         else:
-            x = self._joined(x, self.attn(y), gamma_1)
-        return self._joined(x, self.mlp2(self.norm2(x)), gamma_2)
+            x = self._joined(x, self.attn(y), None, gamma_1)
+        if plain(self.mlp2, Mlp) and plain(self.drop_path, DropPath):
+            return self._joined(x, *self.mlp2.without_bias(self.norm2(x), self.backend), gamma_2)
+        return self._joined(x, self.mlp2(self.norm2(x)), None, gamma_2)
 
-    def _joined(self, x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
-        """x + drop_path(gamma * y)."""
+    def _joined(self, x: Tensor, y: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
+        """x + drop_path(gamma * (y + bias))."""
         if plain(self.drop_path, DropPath):
-            return functional.residual_branch(x, y, gamma, self.drop_path.factors(y, gamma), self.backend)
+            keep = self.drop_path.factors(y, gamma)
+            return functional.residual_branch(x, y, gamma, keep, self.backend, bias=bias)
         return x + self.drop_path(y if gamma is None else gamma.view(1, -1, 1, 1) * y)

@@ -50,6 +50,7 @@ def fake_gpu() -> Iterator[None]:
         FusedAttention(),
         mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _convolution_format),
         mock.patch.object(dispatch, "why_not", lambda *_: []),
+        mock.patch.object(dispatch, "prepare", lambda *_: []),
     ):
         yield
 
