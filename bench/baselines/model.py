@@ -51,7 +51,7 @@ class SeparateBlock(SuperTokenBlock):
 class SeparateDepthwise(ResidualDepthwise):
     """GELU where there is one, convolution and sum, each written out."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # fc1 keeps its bias
         h = F.gelu(x) if self.gelu else x
         return h + self.conv(h)
 
