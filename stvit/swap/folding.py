@@ -67,6 +67,7 @@ class FoldedDepthwise(nn.Module):
     conv: the convolution as it was. folded: its weights plus the identity, (C, 1, 3, 3).
     """
 
+    takes_bias = True
     folded: Tensor
 
     def __init__(self, conv: nn.Conv2d, gelu: bool, backend: str) -> None:
@@ -78,12 +79,15 @@ class FoldedDepthwise(nn.Module):
         folded[:, :, 1, 1] += 1.0
         self.register_buffer("folded", folded)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x_bias: Tensor | None = None) -> Tensor:
+        """Of x, or of x + x_bias, (C,): the bias that the 1x1 convolution in front has left to this one."""
         whole = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
         if whole and dispatch.choose_for_block(self.backend, x) == "reference":
+            x = x if x_bias is None else x + x_bias.view(1, -1, 1, 1)
             h = F.gelu(x) if self.gelu else x
             return F.conv2d(h, self.folded, self.conv.bias, padding=1, groups=x.shape[1])
-        return functional.residual_depthwise(x, self.conv.weight, self.conv.bias, self.gelu, self.backend)
+        conv = self.conv
+        return functional.residual_depthwise(x, conv.weight, conv.bias, self.gelu, self.backend, x_bias=x_bias)
 
 
 def optimize_for_inference(model: Model) -> Model:

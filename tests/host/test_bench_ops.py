@@ -302,7 +302,7 @@ def test_what_matters_most_comes_first() -> None:
     preset = ops_options.ON_GPU
     options = ops_options.Options(
         CPU, preset["ops"], preset["shape"], preset["batch"], preset["dtype"], preset["mode"], preset["contenders"],
-        True, False, 8.0, None, None,
+        True, False, False, 8.0, None, None,
     )  # fmt: skip
     units = ops_options.plan(options)
     for unit in units[:8]:
