@@ -219,3 +219,40 @@ def test_one_compilation_serves_every_size() -> None:
         x = torch.randn(2, 4, side, side).contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(compiled(x), block(x))
     assert counter.frame_count == 1
+
+
+BESIDE_BIASES = ("mlp2.fc1", "mlp2.fc2", "mlp2.act", "mlp2.drop", "mlp2.conv") + tuple(
+    f"attn.stoken_refine.{name}" for name in ("qkv", "proj", "proj_drop")
+)
+
+
+@pytest.mark.parametrize("part", BESIDE_BIASES)
+def test_a_convolution_whose_bias_the_kernels_add_is_called_where_it_has_a_hook(part: str, device: str) -> None:
+    block = SuperTokenBlock(8, 1, num_heads=2, backend="triton").to(device)
+    x = torch.randn(1, 8, 4, 6, device=device).contiguous(memory_format=torch.channels_last)
+    expected = steps(block, x)
+    seen: list[Tensor] = []
+    block.get_submodule(part).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    for found, wanted in zip(steps(block, x), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert seen
+
+
+def test_kernels_add_the_biases_of_plain_convolutions(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No convolution is handed the bias of fc1, fc2 or proj; the reference hands all of them."""
+    biased: list[int] = []
+    convolve = torch.nn.functional.conv2d
+
+    def watched(x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **named: Any) -> Tensor:
+        if bias is not None and weight.shape[2:] == (1, 1):
+            biased.append(len(weight))
+        return convolve(x, weight, bias, *rest, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    x = torch.randn(1, 8, 4, 6, device=device)
+    for backend, expected in (("triton", [24]), ("reference", [24, 8, 32, 8])):  # float32: qkv stays a convolution
+        block = SuperTokenBlock(8, 1, num_heads=2, backend=backend).to(device)
+        biased.clear()
+        block(x)
+        found = list(biased)
+        assert found == expected

@@ -167,8 +167,8 @@ def test_load_checkpoint_fills_a_backbone(kind: str, published: tuple[Path, stvi
     [((0, 1, 2, 3), [0, 1, 2, 3]), ((1, -1), [1, 3]), (2, [2, 3]), ((0, 2), [0, 2]), ((2, 0), [2, 0])],
 )
 def test_features_only(feature_cls: str | None, out_indices: int | tuple[int, ...], stages: list[int]) -> None:
-    if feature_cls == "hook" and stages == [2, 0]:
-        pytest.skip("timm's hooks answer in the order of the network")
+    if feature_cls in ("fx", "hook") and stages == [2, 0]:
+        pytest.skip("timm's hooks and graphs answer in the order of the network, for its own models too")
     torch.manual_seed(0)
     options = {} if feature_cls is None else {"feature_cls": feature_cls}
     backbone = timm.create_model("stvit_tiny", features_only=True, out_indices=out_indices, **options).eval()
