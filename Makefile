@@ -50,7 +50,7 @@ hub-kernel: $(INSTALLED) ## write the ops as a universal kernel for Hugging Face
 
 KILLS ?= 40
 survive: $(INSTALLED) ## kill training runs at KILLS more drawn moments each, and compare how they end
-	STVIT_KILLS=$(KILLS) $(PY) -m pytest -q tests/train/test_train_survival.py $(ARGS)
+	STVIT_KILLS=$(KILLS) $(PY) -m pytest -q tests/train/test_train_survival.py tests/train/test_train.py -k "survival or lost_process" $(ARGS)
 
 # Sets nothing up: where .venv is missing PYTHON runs it, whose torch and triton are those of the machine.
 STAGE ?= all
