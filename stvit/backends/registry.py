@@ -36,8 +36,9 @@ class Ops:
     """The ops by name, called the shortest way: `ops.sampling(x, ...)`.
 
     torch.ops.stvit.sampling does the same for everyone. Its way through PyTorch's dispatcher and the autograd that
-    torch.library generates costs the host as much as the kernels' launches; `_Direct` needs a third of it. Where
-    somebody looks at ops (the compiler, modes, subclasses of Tensor, tracers, the profiler) they are what is called.
+    torch.library generates costs the host as much as the kernels' launches; an autograd.Function of the same parts
+    needs a third of that. Where somebody looks at ops (the compiler, modes, subclasses of Tensor, tracers, the
+    profiler) they are what is called.
     """
 
     def __getattr__(self, name: str) -> Callable[..., Any]:

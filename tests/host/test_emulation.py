@@ -128,12 +128,13 @@ def run_sanitized(
     run_python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     return lambda *arguments, env=(), **options: run_python(
-        *arguments, env={**sanitizer_environment(), "PYTHONPATH": "tests", **dict(env)}, **options
+        *arguments, env={**sanitizer_environment(), "PYTHONPATH": ".", **dict(env)}, **options
     )
 
 
 PLANTED = """
-import os, torch, emulated
+import os, torch
+from tests.support import emulated
 samples = emulated.samples()
 assert samples.run_sample("block_sum", torch.ones(384), torch.zeros(3)) == ""
 for kind in ("reads", "writes", "copies", "shared"):
