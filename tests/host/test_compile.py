@@ -94,9 +94,9 @@ def compiled(request: pytest.FixtureRequest, run_python: Callable[..., Any]) -> 
 
 
 def test_every_kernel_compiles_without_spills_or_atomics(compiled: list[Compiled]) -> None:
-    # On compute capability 8.0 the spreading of the full gradient spills two registers, 8 bytes: docs/performance.md.
-    known = ("sampling_backward_full", "tokens_to_pixels_kernel")
-    assert not [k for k in compiled if k.atomics or k.stack > (8 if (k.op, k.kernel) == known else 0)]
+    # One kernel spills two registers, 8 bytes, on compute capability 8.0: docs/performance.md. This one alone may.
+    spilling = ("stvit_small, stage 1", 224, "torch.float16", "sampling_backward_full", "tokens_to_pixels_kernel")
+    assert not [k for k in compiled if k.atomics or k.stack > (8 if k[:5] == spilling else 0)]
     # What was compiled is all there is: each op at each shape and dtype, and each kernel that isn't of the block's ops.
     for stage in STAGES:
         for image in BATCHES:
