@@ -55,8 +55,13 @@ def _unseen(arguments: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state()
         or torch._C._autograd._profiler_enabled()
-        or any(isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter) for value in arguments)
+        or any(isinstance(value, Tensor) and _watched(value) for value in arguments)
     )
+
+
+def _watched(x: Tensor) -> bool:
+    """Whether x is more than its data: of a subclass, or batched, as gradients are under is_grads_batched=True."""
+    return type(x) not in (Tensor, nn.Parameter) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _direct(

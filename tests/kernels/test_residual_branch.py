@@ -139,7 +139,7 @@ def test_drawn_cases(case: Case, device: str) -> None:
 
 @pytest.mark.parametrize(("gamma", "keep"), ENDS)
 def test_gradient_is_true(gamma: bool, keep: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "ELEMENTS", 8)
+    monkeypatch.setattr(kernels, "ELEMENTS", 32)  # two pixels
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
     shapes = [(2, 3, 3, 2), (2, 3, 3, 2), (3,)][: 2 + gamma]
     inputs = [torch.randn(shape, dtype=DOUBLE, device=device, requires_grad=True) for shape in shapes]

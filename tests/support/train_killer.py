@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -46,8 +47,10 @@ def arm(number, event, count, processes):
         nonlocal seen
         seen += 1
         if seen == count:
-            for pid in processes() if number == signal.SIGTERM else [os.getpid()]:
-                os.kill(pid, number)
+            for pid in processes() if number == signal.SIGTERM else []:
+                if pid != os.getpid():
+                    os.kill(pid, number)
+            signal.raise_signal(number)  # to this thread: its handler runs before the next line, not some time later
 
     def wrapped(*args, **kwargs):
         if when == "before":
@@ -68,7 +71,11 @@ def free_port():
 
 def attempt(arguments, world_size, kill, output):
     port, group = str(free_port()), []
-    folder = Path(f"/tmp/train_killer.{os.getpid()}")
+    killer = os.getpid()  # one of several where tests run side by side, each with its own group
+
+    def pid_of(rank):
+        return Path(tempfile.gettempdir(), f"train_killer.{killer}.{rank}")
+
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
@@ -84,11 +91,10 @@ def attempt(arguments, world_size, kill, output):
                         "MASTER_ADDR": "localhost",
                         "MASTER_PORT": port,
                     }
-                own = folder.with_suffix(f".{rank}")
-                own.write_text(str(os.getpid()))
+                pid_of(rank).write_text(str(os.getpid()))
 
                 def processes():
-                    return [int(folder.with_suffix(f".{rank}").read_text()) for rank in range(world_size)]
+                    return [int(pid_of(rank).read_text()) for rank in range(world_size)]
 
                 if kill and kill[3] == rank:
                     arm(signal.Signals[kill[0]], kill[1], kill[2], processes)
@@ -100,7 +106,10 @@ def attempt(arguments, world_size, kill, output):
                 sys.stderr.flush()
                 os._exit(code)
         group.append(pid)
-    return _wait(group)
+    codes = _wait(group)
+    for rank in range(world_size):
+        pid_of(rank).unlink(missing_ok=True)
+    return codes
 
 
 def _wait(group):
