@@ -115,6 +115,7 @@ def channel_layer_norm_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     w = load_vector(weight, C, UNIT, UNITS, ACCUMULATOR)
     nothing = tl.zeros([ROWS, UNIT], ACCUMULATOR)
+    share = tl.full([], 1.0, ACCUMULATOR) / C  # a division in the loop keeps a subroutine's registers
     sum_w, sum_b = (), ()
     for _k in tl.static_range(UNITS):
         sum_w = sum_w + (nothing,)
@@ -138,7 +139,7 @@ def channel_layer_norm_backward_kernel(
             next_w = next_w + (sum_w[k] + d[k] * n[k],)
             next_b = next_b + (sum_b[k] + d[k],)
         sum_w, sum_b = next_w, next_b
-        mean_g, mean_gn = tl.sum(sum_g, axis=1) / C, tl.sum(sum_gn, axis=1) / C  # (ROWS,)
+        mean_g, mean_gn = tl.sum(sum_g, axis=1) * share, tl.sum(sum_gn, axis=1) * share  # (ROWS,)
         skip_at = skip + rows_at(r, H, W, skip_image, skip_row, skip_column)[:, None]
         dx_at = dx + rows_at(r, H, W, dx_image, dx_row, dx_column)[:, None]
         for k in tl.static_range(UNITS):
