@@ -16,56 +16,13 @@ from torch import Tensor, nn
 
 from . import functional
 from .backends import dispatch
+from .bypass import bias_apart, by_kernels, idle, plain, silent
 from .checks import check_pixels, stoken_pair
 from .tensors import autocast, autocast_dtype, is_channels_last, laid_out, transformed
 
 # Steps of their own to torch.fx, whose proxies have neither shape nor strides.
 for _name in ("_check_channels", "_drop_factors", "_in_format_of", "autocast"):
     torch.fx.wrap(_name)
-
-
-def silent(*passed_over: nn.Module) -> bool:
-    """Whether nothing is lost when these modules' parameters are used and the modules themselves are not called.
-
-    Hooks also stand for pruning, old-style spectral and weight norm, and adapters that put their own forward in place.
-    """
-    if nn.modules.module._has_any_global_hook():
-        return False
-    return not any(
-        part._forward_hooks
-        or part._forward_pre_hooks
-        or part._backward_hooks
-        or part._backward_pre_hooks
-        or "forward" in part.__dict__
-        for part in passed_over
-    )
-
-
-def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a submodule is of this very class (a parametrization or an adapter is another) and `silent`.
-
-    If so its parameters may be used without calling it; any other is called.
-    """
-    return type(module) is kind and silent(module)
-
-
-def _idle(drop: nn.Module) -> bool:
-    """Whether this dropout passes its input on and nobody listens to it."""
-    return plain(drop, nn.Dropout) and (not drop.training or bool(drop.p == 0.0))
-
-
-def _by_kernels(backend: str, x: Tensor) -> bool:
-    """Whether the block's ops run on kernels for x, which add a bias where they read pixels anyway."""
-    return not isinstance(x, torch.fx.Proxy) and dispatch.choose_for_block(backend, x) != "reference"
-
-
-def _bias_apart(conv: nn.Module) -> Tensor | None:
-    """The bias of a 1x1 convolution that may be computed without it, or None.
-
-    cuDNN adds a bias in a kernel of its own, which reads and writes the output once more, and sums its gradient in
-    another.
-    """
-    return conv.bias if isinstance(conv, nn.Conv2d) and plain(conv, nn.Conv2d) else None
 
 
 def _check_channels(x: Tensor, dim: int) -> None:
@@ -155,20 +112,20 @@ class Mlp(nn.Module):
 
     def without_bias(self, x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
         """(y, bias): the MLP of x before fc2's bias (dim,) is added, or all of it and None where that can't wait."""
-        bias = _bias_apart(self.fc2) if _idle(self.drop) and _by_kernels(backend, x) else None
+        bias = bias_apart(self.fc2) if idle(self.drop) and by_kernels(backend, x) else None
         if bias is None:
             return self(x), None
         return F.conv2d(self._hidden(x), self.fc2.weight), bias
 
     def _hidden(self, x: Tensor) -> Tensor:
         """What fc2 takes, (B, hidden_dim, H, W). fc1's bias goes into the depthwise op where nothing lies between."""
-        bias = _bias_apart(self.fc1)
-        if bias is None or not self._depthwise_follows() or not _by_kernels(self.conv.backend, x):
+        bias = bias_apart(self.fc1)
+        if bias is None or not self._depthwise_follows() or not by_kernels(self.conv.backend, x):
             return self.conv(self.drop(self.act(self.fc1(x))))
         return self.conv(F.conv2d(x, self.fc1.weight), bias)
 
     def _depthwise_follows(self) -> bool:
-        between = plain(self.act, nn.Identity) and _idle(self.drop)
+        between = plain(self.act, nn.Identity) and idle(self.drop)
         return between and "takes_bias" in vars(type(self.conv)) and silent(self.conv) and self.conv.gelu
 
 
@@ -232,7 +189,7 @@ class Attention(nn.Module):
 
     def without_bias(self, x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
         """(y, bias): the attention of x before the projection's bias (dim,), or all of it and None."""
-        bias = _bias_apart(self.proj) if _idle(self.proj_drop) and _by_kernels(backend, x) else None
+        bias = bias_apart(self.proj) if idle(self.proj_drop) and by_kernels(backend, x) else None
         if bias is None:
             return self(x), None
         return F.conv2d(self._attended(x), self.proj.weight), bias
@@ -254,13 +211,8 @@ class Attention(nn.Module):
         There, in 16 bits, it is one product of matrices, whose epilogue adds the bias. Not in float32, where PyTorch
         lets convolutions run in TF32 and products of matrices not.
         """
-        bias = _bias_apart(self.qkv)
-        if (
-            bias is None
-            or not _by_kernels(self.backend, x)
-            or autocast_dtype(x).itemsize > 2
-            or not is_channels_last(x)
-        ):
+        bias = bias_apart(self.qkv)
+        if bias is None or not by_kernels(self.backend, x) or autocast_dtype(x).itemsize > 2 or not is_channels_last(x):
             return self.qkv(x).flatten(2).transpose(1, 2)
         return F.linear(x.flatten(2).transpose(1, 2), self.qkv.weight.flatten(1), bias)
 

@@ -18,7 +18,8 @@ from torch.nn.parameter import is_lazy
 from .. import model, modules
 from ..backends import dispatch
 from .folding import FoldedDepthwise
-from .kinds import KINDS, Accelerated, front_of, put_in_front, take_away
+from .fronts import front_of, put_in_front, take_away
+from .kinds import KINDS, Accelerated
 from .trial import signature, trial
 
 logger = logging.getLogger("stvit")

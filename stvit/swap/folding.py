@@ -27,9 +27,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .. import functional
 from ..backends import dispatch
+from ..bypass import plain, silent
 from ..model import STViT
-from ..modules import Attention, Mlp, ResidualDepthwise, SuperTokenBlock, plain, silent
-from .kinds import AcceleratedAttention, AcceleratedDepthwise, AcceleratedMlp, Subclassed, put_in_front
+from ..modules import Attention, Mlp, ResidualDepthwise, SuperTokenBlock
+from .fronts import Subclassed, put_in_front
+from .kinds import AcceleratedAttention, AcceleratedDepthwise, AcceleratedMlp
 from .trial import TOLERANCE, device_of, exact_dtype, random_double, undisturbed
 
 logger = logging.getLogger("stvit")
