@@ -66,8 +66,13 @@ def _number(text: str) -> float:
 
 def usage_error(message: str) -> NoReturn:
     """Ends the program over a user's mistake: one line on standard error, exit code 2, no traceback."""
+    failure(message, USAGE_ERROR)
+
+
+def failure(message: str, code: int = 1) -> NoReturn:
+    """Ends the program with one line on standard error and no traceback."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(USAGE_ERROR)
+    raise SystemExit(code)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:

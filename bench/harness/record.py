@@ -12,12 +12,16 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.harness import console
 from stvit.backends import extension
+from stvit.checkpoint import whole_file
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -64,17 +68,34 @@ def folder(device: torch.device) -> Path:
     return RESULTS / "-".join(name.lower().split())
 
 
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Yields where to write: a file beside `path` that takes its place, whole, when the block ends.
+
+    Where the disk is full or the folder can't be written, that ends the program: one line that names `path`, exit code
+    1, and what was there is as it was.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            yield partial
+    except OSError as error:
+        console.failure(f"{path}: {(error.strerror or str(error)).lower()}; files that were there are as they were")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As `written` says."""
+    with written(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def write(path: Path, benchmark: str, device: torch.device, rows: list[dict[str, Any]], **extra: Any) -> Path:
-    """Writes a result file, atomically, and returns its path."""
-    content = {
+    """Writes a result file, as `written` says, and returns its path."""
+    write_json(path, {
         "benchmark": benchmark,
         "command": " ".join(["python", "-m", f"bench.{benchmark}", *sys.argv[1:]]),
         "environment": environment(device),
         **extra,
         "rows": rows,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    })  # fmt: skip
     return path

@@ -15,7 +15,6 @@ Exit codes: 0 measured, 2 a wrong command line or an interpreter in the way.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.harness import console
+from bench.harness import console, record
 from stvit import functional
 from stvit.backends import dispatch
 
@@ -135,5 +134,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launches = len(row["launches"])
         print(f"{row['op']:<24}{row['microseconds']:8.0f} us{row['ratio']:8.1f} x torch.add{launches:4} launches")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        record.write_json(options.json, rows)
     return 0

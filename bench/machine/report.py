@@ -113,13 +113,14 @@ def write_ceiling(costs: list[Cost], args: argparse.Namespace, gpu: GPU) -> None
         "command": "python -m bench.machine --record", "triton": triton.__version__, "model": "stvit_small",
         **settings, "gpu": gpu.name, "step_us": total, "kernels": found,
     }  # fmt: skip
-    CEILING.write_text(json.dumps(content, indent=1) + "\n")
+    record.write_json(CEILING, content)
     for name in sorted(found.keys() | before["kernels"].keys()):
         old, new = (kernels.get(name, {}).get("us", "none") for kernels in (before["kernels"], found))
         if old != new:
             console.say(f"{name}: {old} -> {new} us")
     console.say(f"a step: {before['step_us']} -> {total} us")
-    DOCUMENT.write_text(documented(DOCUMENT.read_text(), content))
+    with record.written(DOCUMENT) as partial:
+        partial.write_text(documented(DOCUMENT.read_text(), content))
 
 
 def documented(text: str, recorded: dict[str, Any]) -> str:

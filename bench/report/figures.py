@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no window, no global state
 from matplotlib.patches import Patch
 
+from bench.harness import record
 from bench.report import tables
 from bench.report.tables import Group, Result, Row
 
@@ -165,7 +166,8 @@ def framed(title: str, note: str, height: float) -> Figure:
 
 
 def saved(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
+    with record.written(path) as partial:
+        figure.savefig(partial, dpi=DPI, facecolor="white", format="png", metadata={"Software": None})
     return path
 
 

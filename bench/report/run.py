@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench.harness import console
+from bench.harness import console, record
 from bench.report import tables
 from bench.report.tables import Result
 
@@ -181,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wanted is None:
         console.usage_error(f"{options.document}: expected one section from {BEGIN} to {END}")
     if options.readme:
-        options.document.write_text(wanted)
+        with record.written(options.document) as partial:
+            partial.write_text(wanted)
         return 0
     missing = [str(path) for path in figures if not path.exists()]
     if wanted != document or missing:

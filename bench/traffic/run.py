@@ -177,7 +177,7 @@ def write_ceiling(path: Path, args: argparse.Namespace) -> None:
     content = {
         "command": "python -m bench.traffic --record", "torch": torch.__version__, **settings, "ceilings": found
     }  # fmt: skip
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    record.write_json(path, content)
     for name, figures in found.items():
         for figure, value in figures.items():
             console.say(f"{name} {figure}: {before.get(name, {}).get(figure, 'none')} -> {value}")

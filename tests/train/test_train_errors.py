@@ -2,12 +2,10 @@
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from stvit.train.data import build_transform
 from stvit.train.images import read_image
 from stvit.train.log import JsonLines
 from stvit.train.writers import TensorBoard
+from tests.support.disk import disk_of
 from tests.support.train_cases import (
     SMALL,
     contents,
@@ -181,17 +180,6 @@ def test_a_killed_loader_process_is_one_line(photos, capsys, monkeypatch):
 
     monkeypatch.setattr(images, "as_rgb", die)
     one_line_error(capsys, flags(photos, "--num_workers", "1"), "memory", "--num_workers", code=1)
-
-
-@contextmanager
-def disk_of(size):
-    """No file can grow beyond ``size`` bytes: the system refuses, as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_one_line(photos, tmp_path, capsys):
