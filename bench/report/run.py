@@ -40,7 +40,7 @@ Images a second, each side at its best setting, which is in brackets: memory for
 format and mode of `torch.compile` for their compiled code, kernels, compilation and CUDA graphs for ours. *Memory* is
 the peak of a step, ours / authors' eager."""
 CONVERGENCE_LEGEND = """\
-Every run starts from the same weights; those with seed 0 see the same batches. *Distance* is the mean absolute
+Runs with the same seed start from the same weights and see the same batches. *Distance* is the mean absolute
 difference of the smoothed training losses from the reference's with seed 0; a run passes when it is no larger than the
 distance between the reference's two seeds."""
 PREDICTED_LEGEND = """\

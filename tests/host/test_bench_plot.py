@@ -1,6 +1,5 @@
 """bench.plot on result files that are made up here: tables, figures, and a README that can't drift from its files."""
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -71,11 +70,11 @@ def convergence_file(error: str | None = None) -> dict[str, Any]:
         wave = 0.06 * seed + 0.005 * number
         losses = [2.3 * math.exp(-s / 400) + 0.5 + wave * math.sin(s / (30 + number)) for s in range(1000)]
         points = [(125 * k, 12.5 * k, 0.8 - 0.6 / k + wave / 9) for k in range(1, 9)]
-        runs.append(convergence.Run(contender, seed, losses, points, 100.0))
+        runs.append(convergence.Run(contender, seed, losses, points))
     runs[1].losses[7] = math.nan if error else 1.0
     runs[2].error = error
-    options = argparse.Namespace(model="stvit_small", size=224, batch=64, dtype="bfloat16")
-    rows, about = convergence.as_rows(runs, options)
+    common = {"model": "stvit_small", "size": 224, "batch": 64, "dtype": "bfloat16"}
+    rows, about = convergence.as_rows(runs, common)
     return {"rows": rows, "data": "20000 of 50000 images in photographs/train, 2000 to test", **about}
 
 
