@@ -112,6 +112,18 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, process: Process
         raise UserError(f"--opt {args.opt}: {error}") from error
 
 
+def compile_error(args: argparse.Namespace, error: RuntimeError) -> UserError | None:
+    """What to say where torch.compile failed, for want of a C++ compiler say; None for another error."""
+    if not args.compile:
+        return None
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+    if not isinstance(error, TorchDynamoException):
+        return None
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+    return UserError(f"--compile with --compile-backend {args.compile_backend}: {lines[0].strip()}")
+
+
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> Any:
     """timm's schedule over ``--epochs``, of ``steps`` steps each; None for ``--sched none``.
 

@@ -144,6 +144,8 @@ def _speed_flags(parser: Parser) -> None:
     add("--amp-dtype", default="auto", metavar="DTYPE", help="bf16, fp16, or auto: bf16 where the GPU has it")
     _switch(group, "channels-last", True, "channels_last memory format, the fast one for STViT")
     _switch(group, "compile", False, "torch.compile the model")
+    add("--compile-backend", default="inductor", metavar="NAME", help="that of torch.compile; inductor needs a C++ "
+        "compiler on the CPU, aot_eager none")
     _switch(group, "cuda-graph", False, "record a whole training step once and replay it; where that can't be, the "
         "reason is told and steps stay plain")
     _switch(group, "fused", None, "update all parameters in one kernel (default: on with a GPU)")

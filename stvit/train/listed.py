@@ -104,7 +104,9 @@ def timm_sets(args: argparse.Namespace, augment: dict[bool, Transform]) -> tuple
     """
     name = args.data_set
     if name.split("/")[0].lower() in STREAMS:
-        raise UserError(f"--data-set {name}: streams are not supported, since they can't be resumed where they were")
+        raise UserError(
+            f"--data-set {name}: a stream can't be resumed where it was; take train.tar and val.tar, hfds/ or folders"
+        )
     train = None
     if not args.eval:
         train = FromTimm(name, args.data_path, args.train_split, augment[True], None)

@@ -225,4 +225,4 @@ def wrap(model: nn.Module, args: argparse.Namespace, process: Process) -> Any:
     if process.world_size > 1:
         devices = [process.device.index] if process.device.type == "cuda" else None
         network = nn.parallel.DistributedDataParallel(network, device_ids=devices)
-    return torch.compile(network) if args.compile else network
+    return torch.compile(network, backend=args.compile_backend) if args.compile else network

@@ -53,9 +53,13 @@ def run(args: argparse.Namespace) -> int:
     except torch.OutOfMemoryError as error:
         raise out_of_memory(args, process.device) from error
     except RuntimeError as error:
-        if not distributed.is_lost_peer(error):
+        if distributed.is_lost_peer(error):
+            text = "another process of this run is gone; its own last line says why, if it had time for one"
+            raise Stop(text) from error
+        failed = build.compile_error(args, error)
+        if failed is None:
             raise
-        raise Stop("another process of this run is gone; its own last line says why, if it had time for one") from error
+        raise failed from error
     distributed.stop()
     return 0
 

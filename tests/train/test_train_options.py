@@ -69,6 +69,28 @@ def test_processes_make_the_step_of_the_joined_batch(train, one_step, start, tmp
     assert_same_step(tmp_path, one_step, start)
 
 
+@pytest.mark.parametrize("more", [["--fused"], ["--compile", "--compile-backend", "aot_eager"]])
+def test_fused_updates_and_compiled_processes_make_the_same_step(train, one_step, start, tmp_path, more):
+    """Two processes, two batches each: gradients are exchanged once, whatever the model is wrapped in."""
+    size = ["--batch-size", "3", "--grad-accum-steps", "2", "--output_dir", str(tmp_path)]
+    codes, printed = train([*one_step[0], *size, *more], (), 2)
+    assert codes == [[0, 0]], printed
+    assert_same_step(tmp_path, one_step, start)
+
+
+def test_a_failed_compilation_is_one_line(photos, capsys, monkeypatch):
+    one_line_error(capsys, flags(photos, "--compile", "--compile-backend", "fast"), "--compile-backend fast", "fast")
+    from torch._dynamo.backends import registry
+
+    def failing(graph, inputs):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setitem(registry._COMPILER_FNS, "failing", failing)
+    monkeypatch.setitem(registry._BACKENDS, "failing", None)
+    arguments = flags(photos, "--compile", "--compile-backend", "failing")
+    one_line_error(capsys, arguments, "no working C++ compiler", "--compile-backend failing")
+
+
 def test_an_error_of_all_processes_is_one_line(train, photos):
     codes, printed = train([*flags(photos), "--resume", "/nowhere.pth"], (), 2)
     assert codes == [[2, 2]] and printed.count("/nowhere.pth") == 1

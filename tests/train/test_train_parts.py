@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import tarfile
 import warnings
@@ -184,6 +185,16 @@ def test_help(run_python):
     assert child.stderr == ""
     for text in ("examples:", "exit codes:", "data:", "distillation:", "torchrun", *PUBLISHED):
         assert text in child.stdout
+
+
+def test_the_page_names_every_flag_and_no_other():
+    """docs/training.md, under any of a flag's names; what belongs to torchrun or another program is listed here."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) - {"--nproc_per_node", "--max-restarts"}
+    named -= {"--checkpoint", "--output"}  # of stvit.visualize
+    actions = build_parser()._actions
+    assert [action.option_strings for action in actions if named.isdisjoint(action.option_strings)] == []
+    assert named - {name for action in actions for name in action.option_strings} == set()
 
 
 def test_every_published_flag_is_taken():
