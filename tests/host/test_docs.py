@@ -1,5 +1,6 @@
 """The documentation is true as far as a program can tell: links, paths, commands, names and examples."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -93,6 +94,54 @@ def test_examples_run(document, tmp_path, monkeypatch):
             continue
         line = text[: block.start(2)].count("\n")  # so that a traceback names the document's own line
         exec(compile("\n" * line + code, str(ROOT / document), "exec"), namespace)
+
+
+def texts_of(root: Path) -> list[str]:
+    """Every piece of text in the sources, f-strings cut where something is put in."""
+    constants = (node for path in root.rglob("*.py") for node in ast.walk(ast.parse(path.read_text())))
+    return [node.value for node in constants if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def messages(page: str) -> list[str]:
+    """The messages in the first column of a page's last table, cut at `...`."""
+    rows = [line for line in page.split("\n| message |")[1].split("\n\n")[0].splitlines() if line.startswith("| `")]
+    quoted = [message for row in rows for message in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    return [piece.strip() for message in quoted for piece in message.split("...") if piece.strip()]
+
+
+@pytest.mark.parametrize("page", ["troubleshooting", "install"])
+def test_quoted_messages_are_the_sources_own(page):
+    texts = texts_of(ROOT / "stvit") + ["Unknown model ("]  # timm's
+    quoted = messages((ROOT / "docs" / f"{page}.md").read_text())
+    assert len(quoted) > 5
+    assert [message for message in quoted if not any(message in text for text in texts)] == []
+
+
+def test_every_environment_variable_has_its_line():
+    """Those that the package, its installation, benchmarks and tests read by name."""
+    files = [
+        ROOT / "setup.py",
+        *(path for folder in ("stvit", "bench", "tests") for path in (ROOT / folder).rglob("*.py")),
+    ]
+    reads = re.compile(r"""environ(?:\.get\(|\.setdefault\(|\[)\s*"([A-Z_]+)"|"([A-Z_]+)" in (?:os\.)?environ""")
+    read = {name for file in files for match in reads.findall(file.read_text()) for name in match if name}
+    page = (ROOT / "docs" / "environment.md").read_text()
+    own = {"PATH", "PYTHONPATH", "PYTEST_XDIST_WORKER"}  # of the shell, Python and the tests' own processes
+    assert len(read) > 15 and {name for name in read - own if f"`{name}`" not in page} == set()
+
+
+def test_the_drawings_are_of_the_op(tmp_path):
+    """What the script draws now says the same numbers and words as the committed files."""
+    spec = importlib.util.spec_from_file_location("drawings", ROOT / "docs" / "assets" / "drawings.py")
+    drawings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawings)
+    drawings.main(tmp_path)
+    for name in ("neighbourhood.svg", "padding.svg"):
+        drawn, committed = (
+            re.findall(r">([^<>]+)</text>", (folder / name).read_text())
+            for folder in (tmp_path, ROOT / "docs" / "assets")
+        )
+        assert drawn == committed and len(drawn) > 5
 
 
 def test_the_checks_can_fail():
