@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from stvit.train.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import PrefixStore
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,22 @@ def start(args: argparse.Namespace) -> Process:
         torch.cuda.set_device(device)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=args.dist_url, world_size=world_size, rank=rank)
+        store = _meeting_place(args.dist_url, rank, world_size)
+        dist.init_process_group(backend, store=store, world_size=world_size, rank=rank)
     return Process(rank, world_size, device)
+
+
+def _meeting_place(url: str, rank: int, world_size: int) -> PrefixStore:
+    """Where the processes tell each other their addresses.
+
+    torchrun keeps its store when it starts processes again, with the addresses of those that are gone: a new process
+    that came upon one of these was refused. Hence keys of its own for each start.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous(url, rank, world_size))
+    return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def stop() -> None:
@@ -72,8 +90,7 @@ def first_to_say(text: str) -> bool:
         return rank == "0"
     try:
         store = dist.distributed_c10d._get_default_store()
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"stvit/{restart}/{text}", 1) == 1
+        return store.add(f"stvit/{text}", 1) == 1
     except RuntimeError:  # the process that kept the store is gone
         return True
 

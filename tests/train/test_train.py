@@ -1,5 +1,6 @@
 """The training program: what it writes, resuming, evaluating, fine-tuning, several processes, and errors."""
 
+import argparse
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import stvit
+from stvit.train import distributed
 from stvit.train.cli import main
 from tests.support.train_cases import (
     COLOURS,
@@ -213,9 +215,21 @@ def find_worker(parent, rank):
     return None
 
 
-# A torchrun that starts processes again sometimes fails in its own rendezvous (Gloo: connection refused) where the
-# machine is busy, which says nothing of this program: with the other kills that take time, in `make survive`.
-@pytest.mark.skipif("STVIT_KILLS" not in os.environ, reason="torchrun's rendezvous may fail by itself: make survive")
+def test_processes_started_again_find_no_addresses_of_those_that_are_gone(monkeypatch):
+    """torchrun keeps one store for all of its starts."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in {**place, "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    stores = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, store, **options: stores.append(store))
+    for start in ("0", "0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        distributed.start(argparse.Namespace(device="cpu", dist_url="env://", world_size=1))
+    stores[0].set("address", "gone")
+    assert [store.check(["address"]) for store in stores] == [True, True, False]
+
+
 def test_torchrun_starts_a_lost_process_again(photos, tmp_path, capsys):
     """A process is killed; the new ones continue, and 13 test images counted by two give what one process finds."""
     output = tmp_path / "run"
