@@ -19,7 +19,6 @@ from stvit import reference
 from stvit.model import STViT
 from stvit.modules import Attention, DropPath, SuperTokenBlock
 from tests.support.block_cases import Results, wide_programs
-from tests.support.cases import assert_within_twice
 
 LAYERSCALE = {"layerscale": (True, False, True, True), "init_values": 0.5}
 
@@ -123,23 +122,41 @@ def test_layerscale_keeps_drop_path_exact_in_half_precision(tile: int, backend: 
         torch.testing.assert_close(values.float().max(), exact[0], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("options", [{}, LAYERSCALE], ids=["plain", "layerscale"])
-def test_under_autocast_the_error_is_that_of_the_reference(options: dict[str, Any], device: str) -> None:
-    """The 2x rule for the output and for the gradients taken together: single ones scatter with their few entries."""
-    models = pair(device, torch.float32, **options)
-    x, grad = torch.randn(2, 3, 40, 48, device=device), torch.randn(2, 10, device=device)
-    truth = step(copy.deepcopy(models["reference"]).double(), x.double(), grad.double())
+SEEDS = range(2)
+
+
+@pytest.mark.parametrize("layerscale", [False, True], ids=["plain", "layerscale"])
+def test_under_autocast_the_error_is_at_most_that_of_the_reference(layerscale: bool, device: str) -> None:
+    """Of a block of super tokens and one of pixels after it, as root mean square over entries and seeds.
+
+    The whole model would show less: it amplifies each rounding until the ratio of two errors is one of luck.
+    """
+    sums: dict[str, list[float]] = {}
+    for seed in SEEDS:
+        for name, squares in squared_errors(layerscale, seed, device).items():
+            sums[name] = [sum(pair) for pair in zip(sums.get(name, (0.0, 0.0)), squares, strict=True)]
+    ratios = {name: (ours / theirs) ** 0.5 for name, (ours, theirs) in sums.items()}
+    assert max(ratios.values()) <= 1, ratios
+
+
+def squared_errors(layerscale: bool, seed: int, device: str) -> dict[str, tuple[float, float]]:
+    """Of a step's output, input gradient and all parameter gradients: the kernels' and the reference's, squared."""
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"num_heads": 2, "mlp_ratio": 2.0, "layerscale": layerscale, "init_values": 0.5}
+    expected = nn.Sequential(*(SuperTokenBlock(8, tile, backend="reference", **options) for tile in (3, 1))).to(device)
+    ours = nn.Sequential(*(SuperTokenBlock(8, tile, backend="triton", **options) for tile in (3, 1))).to(device)
+    ours.load_state_dict(expected.state_dict())
+    x, grad = torch.randn(2, 2, 8, 6, 8, device=device)  # 2 x 3 tiles, the last ones padded
+    truth = step(copy.deepcopy(expected).double(), x.double(), grad.double())
     with wide_programs(device), torch.autocast(device, torch.float16):
-        kernel, expected = (step(models[name], x, grad) for name in ("triton", "reference"))
-    parameters = [name for name, _ in models["reference"].named_parameters()]
-    for results in (kernel, expected, truth):
-        results["parameters"] = torch.cat([results[name].flatten() for name in parameters])
-    names = ("y", "x", "parameters")
-    assert_within_twice(*({name: found[name] for name in names} for found in (kernel, expected, truth)), torch.float16)
-    # Every parameter's gradient carries the roundings of the logits' one, so the error as a whole scatters from draw to
-    # draw: ours over the reference's is 1.39, 0.85 and 0.96 for the seeds 0, 1 and 2.
-    errors = [(found["parameters"] - truth["parameters"]).norm() for found in (kernel, expected)]
-    assert errors[0] <= 2 * errors[1]
+        found = [step(blocks, x, grad) for blocks in (ours, expected)]
+    # Each parameter's gradient by its size, but for the bias in front of a BatchNorm, whose gradient is 0.
+    sizes = {name: truth[name].norm() for name, _ in expected.named_parameters()}
+    sizes = {name: size for name, size in sizes.items() if size > 1e-9 * max(sizes.values())}
+    for results in (truth, *found):
+        results["parameters"] = torch.cat([(results[name] / size).flatten() for name, size in sizes.items()])
+    errors = {name: [(results[name] - truth[name]).norm() for results in found] for name in ("y", "x", "parameters")}
+    return {name: (float(ours) ** 2, float(theirs) ** 2) for name, (ours, theirs) in errors.items()}
 
 
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
