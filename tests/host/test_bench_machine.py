@@ -15,8 +15,6 @@ from bench.machine.gpus import GPUS
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="traces the ops of a CUDA build of PyTorch")
 H100 = GPUS["H100"]
 
-pytestmark = pytest.mark.xdist_group("bench_machine")  # one process counts the step
-
 
 @pytest.fixture(scope="module")
 def step() -> list[Cost]:

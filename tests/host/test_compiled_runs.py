@@ -25,7 +25,6 @@ from tests.support.block_cases import Pixels, drawn_pixels
 from tests.support.cases import BRAIN, DOUBLE, HALF, LAST, PHASES, SINGLE, SLICED, SLICED_LAST, Case, cases
 
 CAPABILITIES = (80, 90)
-ON_80, ON_90 = (pytest.mark.xdist_group(f"compiled-{capability}") for capability in CAPABILITIES)  # a process each
 BOTH = (False, True)  # detached, full
 
 # The stages of stvit_small; rows walked by one program or by several; padding, slices and tiles that nothing divides.
@@ -85,13 +84,12 @@ def name(case: Any) -> str:
 def common() -> list[Any]:
     """Both 16-bit formats on both GPUs; the wide ones, whose compiled code hardly differs, on one."""
     return [
-        pytest.param(op, case, capability, id=f"{op}-{capability}-{name(case)}",
-                     marks=ON_80 if capability == 80 else ON_90)
+        pytest.param(op, case, capability, id=f"{op}-{capability}-{name(case)}")
         for capability in CAPABILITIES
         for op, listed in LISTED.items()
         for case in listed
         if capability == 90 or dtype(case) in (BRAIN, HALF)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(("op", "case", "capability"), common())
@@ -128,7 +126,6 @@ DRAWN = {
 }
 
 
-@ON_90
 @pytest.mark.parametrize("op", DRAWN)
 @given(data=st.data())
 @settings(max_examples=5, derandomize=True, phases=PHASES)
@@ -194,11 +191,7 @@ def test_any_drawn_case(op: str, data: st.DataObject, compiling: Executor) -> No
 ROUNDED = Case(1, 40, 7, 9, (4, 4), BRAIN, layout=LAST)  # and the last tile is padded
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [pytest.param(80, HALF, marks=ON_80), pytest.param(90, BRAIN, marks=ON_90), pytest.param(90, HALF, marks=ON_90)],
-    ids=str,
-)
+@pytest.mark.parametrize(("capability", "dtype"), [(80, HALF), (90, BRAIN), (90, HALF)], ids=str)
 def test_rounded_once_is_to_nearest(capability: int, dtype: Any, compiling: Executor) -> None:
     compiling.submit(compiled_runs.run, "rounding", ROUNDED._replace(dtype=dtype), capability).result()
 
@@ -241,9 +234,7 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param(fault, marks=ON_80 if planted[2] == 80 else ON_90) for fault, planted in FAULTS.items()]
-)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault: str, compiling: Executor) -> None:
     *planted, notice = FAULTS[fault]
     said = compiling.submit(compiled_runs.plant, *planted).result()

@@ -24,8 +24,6 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # cuobjdum
 FAST = re.compile("walk|spread")
 ATOMIC = re.compile(r"U?(ATOM|RED)[SGR]?")  # ATOM, ATOMS, ATOMG, RED, REDG; not REDUX, a sum over the lanes of a warp
 
-pytestmark = pytest.mark.xdist_group("extension")  # one process builds
-
 
 class Usage(NamedTuple):
     """What one compiled kernel takes: registers a thread, bytes of stack, of static shared and of local memory."""

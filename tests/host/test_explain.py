@@ -124,7 +124,6 @@ def test_without_triton(planned: list[tuple[Any, ...]], monkeypatch: pytest.Monk
     assert "triton\n  - the package triton is not installed" in explain.as_text(explain.explain(SHAPE, "bf16", H100))
 
 
-@pytest.mark.xdist_group("extension")
 def test_the_real_plan(run_python: Callable[..., Any]) -> None:
     """Without a GPU: the limits are given."""
     extensions.real()

@@ -315,7 +315,6 @@ def test_gpus_are_not_asked_in_a_forked_process(monkeypatch: pytest.MonkeyPatch)
     assert extension.gpus() == ["9.0", "9.1"]
 
 
-@pytest.mark.xdist_group("extension")
 def test_the_extension_builds_and_imports(monkeypatch: pytest.MonkeyPatch, run_python: Callable[..., Any]) -> None:
     """Against the installed torch, for three generations of GPUs, none of which need be here."""
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")  # built by an earlier run of the tests, as a rule

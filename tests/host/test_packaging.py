@@ -24,9 +24,6 @@ SOURCES = (
 LITTER = shutil.ignore_patterns("__pycache__", "*.py[cod]", "*.so", "_C.json", "*.egg-info", ".*", "build")
 KERNELS = sorted(f"stvit.kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py"))
 
-# One process of pytest-xdist builds for all of them.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 
 class Built(NamedTuple):
     checkout: Path  # a clean copy of the sources
