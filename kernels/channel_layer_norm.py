@@ -38,10 +38,10 @@ def rows_at(r, H, W, sb, sh, sw):
 
 @triton.jit
 def load_units(
-    at, stride_c, seen, C,
-    UNIT: tl.constexpr, UNITS: tl.constexpr, WHOLE: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    at, stride_c, seen, C: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, ACCUMULATOR: tl.constexpr
 ):  # fmt: skip
     """The channels of the pixels at `at` [ROWS, 1] as UNITS tiles [ROWS, UNIT], zeros where there are none."""
+    WHOLE: tl.constexpr = UNIT * UNITS == C
     units = ()
     for k in tl.static_range(UNITS):
         c = k * UNIT + tl.arange(0, UNIT)[None, :]
@@ -67,25 +67,27 @@ def channel_layer_norm_kernel(
     weight, bias,  # (C,)
     y, y_image, y_channel, y_row, y_column,  # (B, C, H, W)
     mean, rstd,  # (B, H, W)
-    pixels, H, W, C, eps: tl.constexpr, ACCUMULATOR: tl.constexpr, INDEX: tl.constexpr,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, WHOLE: tl.constexpr,
+    pixels, H, W, C: tl.constexpr, eps: tl.constexpr, ACCUMULATOR: tl.constexpr, INDEX: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS pixels, all their channels."""
+    WHOLE: tl.constexpr = UNIT * UNITS == C
+    SHARE: tl.constexpr = 1.0 / C
     r = tl.program_id(0).to(INDEX) * ROWS + tl.arange(0, ROWS)
     seen = (r < pixels)[:, None]
-    u = load_units(x + rows_at(r, H, W, x_image, x_row, x_column)[:, None], x_channel, seen, C, UNIT, UNITS, WHOLE,
+    u = load_units(x + rows_at(r, H, W, x_image, x_row, x_column)[:, None], x_channel, seen, C, UNIT, UNITS,
                    ACCUMULATOR)  # fmt: skip
     total = u[0]
     for k in tl.static_range(1, UNITS):
         total += u[k]
-    m = tl.sum(total, axis=1) / C  # (ROWS,)
+    m = tl.sum(total, axis=1) * SHARE  # (ROWS,)
     centred = ()
     squares = tl.zeros([ROWS, UNIT], ACCUMULATOR)
     for k in tl.static_range(UNITS):
         inside = (k * UNIT + tl.arange(0, UNIT)[None, :] < C) | WHOLE
         centred = centred + (tl.where(inside, u[k] - m[:, None], 0.0),)
         squares += centred[k] * centred[k]
-    s = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / C + eps)  # (ROWS,)
+    s = 1.0 / tl.sqrt(tl.sum(squares, axis=1) * SHARE + eps)  # (ROWS,)
     tl.store(mean + r, m, mask=r < pixels)
     tl.store(rstd + r, s, mask=r < pixels)
     w = load_vector(weight, C, UNIT, UNITS, ACCUMULATOR)
@@ -106,16 +108,17 @@ def channel_layer_norm_backward_kernel(
     skip, skip_image, skip_channel, skip_row, skip_column,  # (B, C, H, W)
     dx, dx_image, dx_channel, dx_row, dx_column,  # (B, C, H, W)
     partial,  # (programs, 2, C)
-    pixels, H, W, C, blocks, SKIP: tl.constexpr, ACCUMULATOR: tl.constexpr, INDEX: tl.constexpr,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, WHOLE: tl.constexpr,
+    pixels, blocks, H, W, C: tl.constexpr, SKIP: tl.constexpr, ACCUMULATOR: tl.constexpr, INDEX: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """One program: `blocks` blocks of ROWS pixels. With n = (x - mean) * rstd and g = dy * weight,
     dx = rstd (g - mean of g - n * mean of g n), plus the gradient `skip` of another use of x; the sums of dy n and of
     dy go to partial."""
+    WHOLE: tl.constexpr = UNIT * UNITS == C
+    SHARE: tl.constexpr = 1.0 / C
     program = tl.program_id(0).to(tl.int64)
     w = load_vector(weight, C, UNIT, UNITS, ACCUMULATOR)
     nothing = tl.zeros([ROWS, UNIT], ACCUMULATOR)
-    share = tl.full([], 1.0, ACCUMULATOR) / C  # a division in the loop keeps a subroutine's registers
     sum_w, sum_b = (), ()
     for _k in tl.static_range(UNITS):
         sum_w = sum_w + (nothing,)
@@ -123,10 +126,10 @@ def channel_layer_norm_backward_kernel(
     for i in range(0, blocks):
         r = (program.to(INDEX) * blocks + i) * ROWS + tl.arange(0, ROWS)
         seen = (r < pixels)[:, None]
-        u = load_units(x + rows_at(r, H, W, x_image, x_row, x_column)[:, None], x_channel, seen, C, UNIT, UNITS, WHOLE,
+        u = load_units(x + rows_at(r, H, W, x_image, x_row, x_column)[:, None], x_channel, seen, C, UNIT, UNITS,
                        ACCUMULATOR)  # fmt: skip
         d = load_units(dy + rows_at(r, H, W, dy_image, dy_row, dy_column)[:, None], dy_channel, seen, C, UNIT, UNITS,
-                       WHOLE, ACCUMULATOR)  # fmt: skip
+                       ACCUMULATOR)  # fmt: skip
         m = tl.load(mean + r, mask=r < pixels, other=0.0)
         s = tl.load(rstd + r, mask=r < pixels, other=0.0)  # zero past the end: so is n, and dy is
         n, next_w, next_b = (), (), ()
@@ -139,7 +142,7 @@ def channel_layer_norm_backward_kernel(
             next_w = next_w + (sum_w[k] + d[k] * n[k],)
             next_b = next_b + (sum_b[k] + d[k],)
         sum_w, sum_b = next_w, next_b
-        mean_g, mean_gn = tl.sum(sum_g, axis=1) * share, tl.sum(sum_gn, axis=1) * share  # (ROWS,)
+        mean_g, mean_gn = tl.sum(sum_g, axis=1) * SHARE, tl.sum(sum_gn, axis=1) * SHARE  # (ROWS,)
         skip_at = skip + rows_at(r, H, W, skip_image, skip_row, skip_column)[:, None]
         dx_at = dx + rows_at(r, H, W, dx_image, dx_row, dx_column)[:, None]
         for k in tl.static_range(UNITS):
@@ -167,6 +170,11 @@ class Rows(NamedTuple):
     unit: int
     units: int
 
+    @property
+    def registers(self) -> int:
+        """Of a thread in the backward. Left to itself the assembler takes 72 to 96, and spills one or two of them."""
+        return 128 if self.units < 5 else 168
+
 
 def cut(channels: int) -> Rows:
     """Units that leave the fewest lanes without a channel: 3 x 32 for 96, 3 x 64 for 192, 5 x 64 for 320."""
@@ -191,9 +199,8 @@ def channel_layer_norm(
         with torch.cuda.device_of(x):
             channel_layer_norm_kernel[(-(-mean.numel() // rows),)](
                 x, *x.stride(), weight.contiguous(), bias.contiguous(), y, *y.stride(), mean, rstd,
-                mean.numel(), height, width, channels, eps=eps, ACCUMULATOR=configs.accumulator(x),
-                INDEX=index(mean.numel()), ROWS=rows, UNIT=unit, UNITS=units, WHOLE=unit * units == channels,
-                num_warps=4,
+                mean.numel(), height, width, C=channels, eps=eps, ACCUMULATOR=configs.accumulator(x),
+                INDEX=index(mean.numel()), ROWS=rows, UNIT=unit, UNITS=units, num_warps=4,
             )  # fmt: skip
     return y, mean, rstd
 
@@ -209,7 +216,8 @@ def channel_layer_norm_backward(
     batch, channels, height, width = x.shape
     grad_x = empty_pixels(x, channels, height, width, is_channels_last(x))
     grad_weight, grad_bias = weight.new_empty((channels,)), weight.new_empty((channels,))
-    rows, unit, units = cut(channels)
+    shape = cut(channels)
+    rows, unit, units = shape
     blocks = max(-(-mean.numel() // (rows * PROGRAMS)), FEWEST // rows)
     programs = -(-mean.numel() // (rows * max(1, blocks)))
     partial = mean.new_empty((programs, 2, channels))
@@ -217,9 +225,9 @@ def channel_layer_norm_backward(
         with torch.cuda.device_of(x):
             channel_layer_norm_backward_kernel[(programs,)](
                 x, *x.stride(), weight.contiguous(), mean, rstd, grad_y, *grad_y.stride(), added, *added.stride(),
-                grad_x, *grad_x.stride(), partial, mean.numel(), height, width, channels, blocks,
-                SKIP=skip is not None, ACCUMULATOR=configs.accumulator(x), INDEX=index(mean.numel()),
-                ROWS=rows, UNIT=unit, UNITS=units, WHOLE=unit * units == channels, num_warps=4,
+                grad_x, *grad_x.stride(), partial, mean.numel(), blocks, height, width,
+                C=channels, SKIP=skip is not None, ACCUMULATOR=configs.accumulator(x), INDEX=index(mean.numel()),
+                ROWS=rows, UNIT=unit, UNITS=units, num_warps=4, maxnreg=shape.registers,
             )  # fmt: skip
     add_parts(partial, grad_weight, grad_bias)
     return grad_x, grad_weight, grad_bias

@@ -96,6 +96,8 @@ def tokens_to_pixels(
     programs = batch * gh * gw
     if programs == 0:
         return
+    # Half the walk's warps, where one sum of 16-bit numbers leaves the registers for it.
+    warps = config.warps if second or tokens.element_size() > 2 else max(1, config.warps // 2)
     index = configs.index(
         configs.extent(tokens, 3, 3), configs.extent(tokens2, 3, 3), configs.extent(pixels, h, w),
         configs.extent(added, h, w), 9 * h * width,
@@ -108,5 +110,5 @@ def tokens_to_pixels(
             height, width, gh, gw, C=channels, scale2=scale2, h=h, w=w,
             NORMALIZE=mass is not None, SECOND=second is not None, MEANS=means is not None,
             RESIDUAL=residual is not None, ACCUMULATOR=configs.accumulator(tokens), INDEX=index,
-            PIXELS=config.pixels, CHANNELS=config.channels, num_warps=max(1, config.warps // 2),
+            PIXELS=config.pixels, CHANNELS=config.channels, num_warps=warps,
         )  # fmt: skip
