@@ -16,6 +16,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -41,7 +42,10 @@ JOBS = 2
 KEPT = 30 * 24 * 3600  # seconds since the last use
 
 TORCH = Path(torch.__file__).parent
-FLAGS = ["-std=c++17", "-O2", "-g0", "-fPIC", "-Wfatal-errors"]
+# The C++ of torch's headers: what it compiles extensions with.
+NAMED = re.findall(r"-std=c\+\+\d+", (TORCH / "utils" / "cpp_extension.py").read_text())
+STANDARD = max(NAMED, key=NAMED.count)
+FLAGS = [STANDARD, "-O2", "-g0", "-fPIC", "-Wfatal-errors"]
 FLAGS += ["-U_FORTIFY_SOURCE"]  # which takes a jump between stacks for a smashed one
 FLAGS += [f"-fsanitize={SANITIZER}"] if SANITIZER else []
 INCLUDES = [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
