@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +27,7 @@ NO_TRANSFORMS = (
 )
 
 logger = logging.getLogger("stvit")
+Function = TypeVar("Function", bound=Callable[..., Any])
 _told: set[str] = set()
 _used: str | None = None
 
@@ -136,7 +138,13 @@ def _only_by_name(backend: str, device: torch.device) -> list[str]:
     return []
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Function) -> Function:
+    """As torch.compiler.assume_constant_result, which imports torch._dynamo: that takes as long as all of torch."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that runs: `backend` itself, or for "auto" the first of AUTO_ORDER without a reason against it.
 
@@ -158,7 +166,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _say_once(reasons: str) -> None:
     if reasons not in _told:
         _told.add(reasons)
@@ -185,7 +193,7 @@ def choose(backend: str, tensor: torch.Tensor) -> str:
     return resolve(backend, tensor.device, tensor.dtype)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _beside_the_extension(device: torch.device, dtype: torch.dtype) -> str:
     return "reference" if why_not("triton", device, dtype) or _only_by_name("triton", device) else "triton"
 
