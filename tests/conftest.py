@@ -1,6 +1,8 @@
 """What every test runs under: kernels interpreted or emulated where there is no GPU, fixed seeds, fresh memory full of
 NaN."""
 
+import gc
+import importlib.util
 import os
 import random
 import subprocess
@@ -32,6 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 if UNDER_XDIST:
     torch.set_num_threads(1)
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests.support.interpreter import quicken
+
+    quicken()
 
 hypothesis.settings.register_profile(
     "stvit",
@@ -45,6 +51,13 @@ hypothesis.settings.register_profile(
     "fuzz", hypothesis.settings.get_profile("stvit"), derandomize=False, report_multiple_bugs=False
 )
 hypothesis.settings.load_profile("stvit")
+
+
+def pytest_collection_finish() -> None:
+    """Spares what is imported by then every later collection of garbage: half a second each, and benchmarks ask for
+    one before each measurement."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
