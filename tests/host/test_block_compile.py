@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import stvit
 from stvit.backends import registry
+from stvit.model import STViT
 from stvit.modules import SuperTokenBlock
-from tests.support.block_cases import wide_programs
+from tests.support.block_cases import NARROW, wide_programs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 CAPABILITIES = [80, 90, 100]
@@ -159,8 +159,8 @@ def test_compiled_blocks_equal_eager_ones(layerscale: int, backend: str, device:
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_model_equals_eager_one(backend: str, device: str) -> None:
     """The whole model in one graph."""
-    model = stvit.stvit_tiny(num_classes=3, drop_path_rate=0.3, layerscale=(False, False, True, False),
-                             init_values=0.5, backend=backend).to(device, torch.float64)  # fmt: skip
+    options: dict[str, Any] = {"layerscale": (False, False, True, False), "init_values": 0.5, "backend": backend}
+    model = STViT(3, **NARROW, drop_path_rate=0.3, **options).to(device, torch.float64)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     with wide_programs(device):
         assert_same_step(compiled, model, torch.randn(2, 3, 32, 32, dtype=torch.float64, device=device))
@@ -199,26 +199,42 @@ def calls(channels: int, side: int, dtype: torch.dtype, batch: int = 1) -> Itera
         yield op("residual_branch_backward", grad, None if gamma is None else x, gamma, factors, vector, dtype)
 
 
-def compile_all(capability: int) -> Iterator[dict[str, Any]]:
+def combinations(capability: int, share: bool) -> list[tuple[int, int, torch.dtype]]:
+    """(channels, side, dtype) of all; or of a third of them, so that each is compiled for one of the GPUs."""
+    stages = [(channels, side) for side, widths in STAGES for channels in widths]
+    if not share:
+        return [(*stage, dtype) for stage in stages for dtype in DTYPES]
+    shift = CAPABILITIES.index(capability)
+    return [(*stage, DTYPES[(i + shift) % len(DTYPES)]) for i, stage in enumerate(stages)]
+
+
+def compile_all(capability: int, share: bool) -> Iterator[dict[str, Any]]:
     from tests.support.compiled import compile_call
 
-    for side, widths in STAGES:
-        for channels in widths:
-            for dtype in DTYPES:
-                for name, call in calls(channels, side, dtype):
-                    for usage in compile_call(call, capability):
-                        yield {"side": side, "channels": channels, "dtype": str(dtype), "op": name, **usage._asdict()}
+    for channels, side, dtype in combinations(capability, share):
+        for name, call in calls(channels, side, dtype):
+            for usage in compile_call(call, capability):
+                yield {"side": side, "channels": channels, "dtype": str(dtype), "op": name, **usage._asdict()}
 
 
+def test_the_shares_are_all_of_it() -> None:
+    whole = combinations(80, share=False)
+    assert sorted(map(str, whole)) == sorted(str(c) for cc in CAPABILITIES for c in combinations(cc, share=True))
+
+
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.compiled_all)], ids=["a third", "all"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_kernels_compile_without_spills_or_atomics(capability: int, run_python: Callable[..., Any]) -> None:
+def test_kernels_compile_without_spills_or_atomics(
+    capability: int, share: bool, run_python: Callable[..., Any]
+) -> None:
     """At the shapes of every stage. In a process of its own: this one may interpret Triton instead of compiling it."""
-    output = run_python(__file__, str(capability), env={"PYTHONPATH": str(Path(__file__).resolve().parents[2])}).stdout
+    arguments, root = [str(capability), *["share"] * share], Path(__file__).resolve().parents[2]
+    output = run_python(__file__, *arguments, env={"PYTHONPATH": str(root)}).stdout
     kernels = [json.loads(line) for line in output.splitlines()]
     assert not [kernel for kernel in kernels if kernel["stack"] or kernel["atomics"]]
     compiled = {(kernel["channels"], kernel["side"], kernel["dtype"], kernel["op"]) for kernel in kernels}
-    stages = [(channels, side) for side, widths in STAGES for channels in widths]
-    assert compiled == {(*stage, str(dtype), op) for stage in stages for dtype in DTYPES for op in registry.BLOCK_OPS}
+    wanted = combinations(capability, share)
+    assert compiled == {(*stage, str(dtype), op) for *stage, dtype in wanted for op in registry.BLOCK_OPS}
 
 
 BATCHES = (128, 80, 127, 100, 64, 32, 8, 2, 1)
@@ -243,5 +259,6 @@ def test_a_run_over_many_batches_compiles_each_kernel_at_most_twice(run_python: 
 
 
 if __name__ == "__main__":
-    for kernel in compiled_over_batches() if sys.argv[1] == "batches" else compile_all(int(sys.argv[1])):
+    batches, share = sys.argv[1] == "batches", "share" in sys.argv
+    for kernel in compiled_over_batches() if batches else compile_all(int(sys.argv[1]), share):
         print(json.dumps(kernel), flush=True)

@@ -97,26 +97,39 @@ def inputs() -> Iterator[tuple[str, int, torch.Tensor, int]]:
         yield name, 6 * tile, x, tile
 
 
-def compile_all(capability: int) -> Iterator[Compiled]:
+def chosen(capability: int, share: bool) -> list[tuple[str, int, torch.Tensor, int]]:
+    """All of the inputs; or a third of them, in turn, so that each is compiled for one of the GPUs."""
+    shift = CAPABILITIES.index(capability)
+    return [given for i, given in enumerate(inputs()) if not share or (i + i // len(DTYPES) + shift) % 3 == 0]
+
+
+def compile_all(capability: int, share: bool) -> Iterator[Compiled]:
     from tests.support.compiled import compile_call
 
-    for name, image, x, tile in inputs():
+    for name, image, x, tile in chosen(capability, share):
         for op_name, call in attention(x, tile):
             for usage in compile_call(call, capability):
                 yield Compiled(name, image, str(x.dtype), op_name, *usage)
 
 
-@pytest.fixture(scope="module", params=CAPABILITIES)
-def compiled(request: pytest.FixtureRequest, run_python: Callable[..., Any]) -> list[Compiled]:
+def test_the_shares_are_all_of_it() -> None:
+    shares = [chosen(capability, share=True) for capability in CAPABILITIES]
+    names = sorted((name, image, str(x.dtype)) for share in shares for name, image, x, _ in share)
+    assert names == sorted((name, image, str(x.dtype)) for name, image, x, _ in inputs())
+    assert all({given[2].dtype for given in share} >= set(DTYPES) for share in shares)
+
+
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.compiled_all)], ids=["a third", "all"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_compiles_without_spills_or_atomics(
+    capability: int, share: bool, run_python: Callable[..., Any]
+) -> None:
     """In a process of its own: this one may interpret Triton instead of compiling it."""
-    output = run_python(__file__, str(request.param), env={"PYTHONPATH": str(ROOT)}).stdout
-    return [Compiled(**json.loads(line)) for line in output.splitlines()]
-
-
-def test_every_kernel_compiles_without_spills_or_atomics(compiled: list[Compiled]) -> None:
+    output = run_python(__file__, str(capability), *["share"] * share, env={"PYTHONPATH": str(ROOT)}).stdout
+    compiled = [Compiled(**json.loads(line)) for line in output.splitlines()]
     assert not [kernel for kernel in compiled if kernel.atomics or kernel.stack]
     # What was compiled is all there is: each op at each shape and dtype, and each kernel that isn't of the block's ops.
-    for name, image, x, _ in inputs():
+    for name, image, x, _ in chosen(capability, share):
         found = {kernel.op for kernel in compiled if kernel[:3] == (name, image, str(x.dtype))}
         assert found == set(registry.SUPER_TOKEN_OPS)
     files = [path for path in (ROOT / "kernels").glob("*.py") if path.stem not in (*registry.BLOCK_OPS, "partial_sums")]
@@ -125,5 +138,5 @@ def test_every_kernel_compiles_without_spills_or_atomics(compiled: list[Compiled
 
 
 if __name__ == "__main__":
-    for kernel in compile_all(int(sys.argv[1])):
+    for kernel in compile_all(int(sys.argv[1]), share="share" in sys.argv):
         print(json.dumps(kernel._asdict()), flush=True)

@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import stvit
 from stvit import reference
 from stvit.model import STViT
 from stvit.modules import Attention, DropPath, SuperTokenBlock
-from tests.support.block_cases import Results, wide_programs
+from tests.support.block_cases import NARROW, Results, wide_programs
 
 LAYERSCALE = {"layerscale": (True, False, True, True), "init_values": 0.5}
 
 
 def pair(device: str, dtype: torch.dtype = torch.float64, **options: Any) -> dict[str, STViT]:
     """The same model on either backend, every parameter and statistic away from where it starts."""
-    models = {name: stvit.stvit_tiny(num_classes=10, backend=name, **options) for name in ("reference", "triton")}
+    models = {name: STViT(10, **NARROW, backend=name, **options) for name in ("reference", "triton")}
     with torch.no_grad():
         for parameter in models["reference"].parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
