@@ -107,8 +107,8 @@ def test_the_documented_registers_are_those_taken(taken: list[Usage]) -> None:
     text = (extensions.ROOT / "docs" / "kernels.md").read_text()
     walk = re.search(r"`walk_kernel`, all maps \| 512 \| at most (\d+) ", text)
     spread = re.search(r"`spread_kernel` \| 128 \| at most (\d+) ", text)
-    assert walk and max(usage.registers for usage in taken if "walk" in usage.kernel) <= int(walk[1])
-    assert spread and max(usage.registers for usage in taken if "spread" in usage.kernel) <= int(spread[1])
+    assert walk and max(usage.registers for usage in taken if "walk" in usage.kernel) == int(walk[1])
+    assert spread and max(usage.registers for usage in taken if "spread" in usage.kernel) == int(spread[1])
 
 
 def test_static_shared_memory_leaves_the_rest_to_the_plan(taken: list[Usage]) -> None:
