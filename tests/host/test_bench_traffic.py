@@ -22,6 +22,7 @@ from bench.traffic.per_op import Traffic, nbytes
 from stvit.backends import extension
 from stvit.modules import SuperTokenBlock
 from tests.support import emulated
+from tests.support.block_cases import wide_programs
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 DOCUMENT, ACCELERATE = DOCS / "traffic.md", DOCS / "accelerate.md"
@@ -226,10 +227,11 @@ def test_saved_bytes_are_those_of_live_nodes_each_storage_once():
 def test_backward_equals_pytorchs(backend, device):
     block = SuperTokenBlock(16, (4, 4), num_heads=2, layerscale=True, init_values=0.5, drop_path=0.5, backend=backend)
     model = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)).double().to(device)
-    loss = model(torch.randn(4, 16, 8, 8, dtype=torch.float64, device=device)).square().sum()
-    expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
-    with torch.no_grad():
-        found = backward(loss)
+    with wide_programs(device):
+        loss = model(torch.randn(4, 16, 8, 8, dtype=torch.float64, device=device)).square().sum()
+        expected = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        with torch.no_grad():
+            found = backward(loss)
     assert len(found) == len(expected)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-12, atol=1e-12)
