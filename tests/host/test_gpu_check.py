@@ -376,9 +376,18 @@ def tables_of(result: dict[str, Any], folder: Path) -> None:
     assert list(path.parent.glob("*.png"))
 
 
-@pytest.mark.parametrize("name", ["tests", "sanitizer", "ops", "training"])
-def test_stages_on_the_cpu(run_python, tmp_path, name):
-    shown = run_python("-m", "bench.gpu_check", name, "--out", str(tmp_path), "--on-cpu").stdout
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("tests", ()),
+        ("sanitizer", ()),
+        ("ops", ()),
+        ("training", "-- --quick --contenders authors ours-reference".split()),
+    ],
+    ids=["tests", "sanitizer", "ops", "training"],
+)
+def test_stages_on_the_cpu(run_python, tmp_path, name, flags):
+    shown = run_python("-m", "bench.gpu_check", name, "--out", str(tmp_path), "--on-cpu", *flags).stdout
     report = json.loads((tmp_path / f"gpu-check-{name}.json").read_text())
     assert report["environment"]["device"] == "cpu" and report["stage"] == name and report["status"] == "passed"
     rows = {row["step"]: row for row in report["rows"]}
