@@ -20,7 +20,7 @@ from .channel_layer_norm import FEWEST, cut, index, rows_at
 from .partial_sums import add_parts
 
 ELEMENTS = 1024  # numbers that a program of 4 warps holds at a time; twice as many spill on compute capability 8.0
-PROGRAMS = 1024  # of the backward at the most for each block of channels, each of which writes its sums
+PROGRAMS = 1024  # of the backward at the most: at the end of each its sums cross its warps, with bank conflicts
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def residual_branch_backward_kernel(
         tl.store(partial + GAMMA * C, slopes, mask=c < C)
 
 
-def _blocks(channels: int) -> tuple[int, int]:
+def blocks_of(channels: int) -> tuple[int, int]:
     """Pixels and channels a block, both powers of two; few lanes without a channel."""
     width = cut(channels).unit
     return ELEMENTS // width, width
@@ -136,7 +136,7 @@ def _scaled(
     batch, channels, height, width = y.shape
     like = y if x is None else x
     out = empty_pixels(like, channels, height, width, is_channels_last(like), dtype)
-    rows, block = _blocks(channels)
+    rows, block = blocks_of(channels)
     pixels = batch * height * width
     if pixels:
         with torch.cuda.device_of(y):
@@ -162,16 +162,17 @@ def residual_branch_backward(
     write = gamma is not None or keep is not None
     grad_y = empty_pixels(grad, channels, height, width, is_channels_last(grad), dtype) if write else None
     outputs = [None if parameter is None else torch.empty_like(parameter) for parameter in (gamma, bias)]
-    rows, block = _blocks(channels)
+    rows, block = blocks_of(channels)
     pixels = batch * height * width
-    count = max(1, -(-pixels // (rows * PROGRAMS)), FEWEST // rows)
+    across = -(-channels // block)
+    count = max(1, -(-pixels * across // (rows * PROGRAMS)), FEWEST // rows)
     parts = -(-pixels // (rows * count))
     given = [output for output in outputs if output is not None]
     partial = grad.new_empty((parts, len(given), channels), dtype=accumulator(grad.dtype))
     y, dy = grad if y is None else y, grad if grad_y is None else grad_y
     if parts:
         with torch.cuda.device_of(grad):
-            residual_branch_backward_kernel[(parts * -(-channels // block),)](
+            residual_branch_backward_kernel[(parts * across,)](
                 grad, *grad.stride(), y, *y.stride(), y if gamma is None else gamma.contiguous(),
                 y if bias is None else bias.contiguous(), y if keep is None else keep.contiguous(),
                 dy, *dy.stride(), partial, pixels, height, width, channels, count,

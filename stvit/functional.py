@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import reference
 from .backends import dispatch
+from .backends.batch_norm import BatchNormAndSkip
 from .backends.channel_layer_norm import NormAndSkip
 from .backends.registry import ops
-from .checks import check_branch, check_depthwise, check_norm, check_sampling, check_upsampling
+from .checks import check_branch, check_depthwise, check_norm, check_pixels, check_sampling, check_upsampling
 from .geometry import Association
 from .tensors import autocast, autocast_dtype, is_channels_last, without_autocast
 
@@ -22,6 +23,7 @@ for _name in (
     "super_token_sampling",
     "token_upsampling",
     "residual_depthwise",
+    "batch_norm_and_skip",
     "channel_layer_norm",
     "channel_layer_norm_and_skip",
     "residual_branch",
@@ -184,6 +186,42 @@ def channel_layer_norm_and_skip(
     if name == "reference":
         return autocast(reference.channel_layer_norm(x, weight, bias, eps)), x
     return NormAndSkip.apply(x, weight, bias, eps, autocast_dtype(x), name)
+
+
+def batch_norm_and_skip(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(BatchNorm of x in training, x), for the start of a residual branch.
+
+    PyTorch's own batch_norm with the batch's statistics. Use the x that is given back for the skip connection: the
+    backward then adds its gradient where it writes that of the norm, which saves a pass of 3 X, and reads x and dy once
+    less.
+
+    Args:
+        x: pixels (B, C, H, W), as for `super_token_sampling`.
+        weight, bias, running_mean, running_var: (C,), as `torch.nn.BatchNorm2d` holds them; the last two are updated.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+        backend: "auto", "triton", "cuda" or "reference", of the backward.
+
+    Raises:
+        TypeError, ValueError: for x, or where a channel has a single value, as PyTorch does.
+        BackendError: the backend named can't run; every reason is listed.
+    """
+    check_pixels(x)
+    name = dispatch.choose_for_block(backend, x)
+    if name == "reference" or x.numel() <= x.shape[1]:  # one value of each channel is an error of PyTorch
+        return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), x
+    with torch.no_grad():
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+    return BatchNormAndSkip.apply(x, weight, bias, y, mean, rstd, name)
 
 
 def multi_head_attention(

@@ -409,9 +409,21 @@ class SuperTokenBlock(nn.Module):
             x = self.attn(y, x, gamma_1, self.drop_path)
         else:
             x = self._joined(x, self.attn(y), None, gamma_1)
+        y, x = self._batch_norm_and_skip(x)
         if plain(self.mlp2, Mlp) and plain(self.drop_path, DropPath):
-            return self._joined(x, *self.mlp2.without_bias(self.norm2(x), self.backend), gamma_2)
-        return self._joined(x, self.mlp2(self.norm2(x)), None, gamma_2)
+            return self._joined(x, *self.mlp2.without_bias(y, self.backend), gamma_2)
+        return self._joined(x, self.mlp2(y), None, gamma_2)
+
+    def _batch_norm_and_skip(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm2 of x, x for the skip connection); in training by an op whose backward adds both gradients."""
+        norm = self.norm2
+        usual = plain(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats and norm.momentum is not None
+        if not usual or not norm.training or not by_kernels(self.backend, x):
+            return norm(x), x
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        given = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+        return functional.batch_norm_and_skip(x, *given, self.backend)
 
     def _joined(self, x: Tensor, y: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
         """x + drop_path(gamma * (y + bias))."""

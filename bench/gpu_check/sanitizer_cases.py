@@ -136,6 +136,14 @@ def attend(x: Tensor, backend: str, residual: torch.dtype | None = None, **setti
     return stvit.token_upsampling(stokens * 2, association, backend=backend, residual=added)
 
 
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+    """Of the batch, plus x."""
+    y, skip = functional.batch_norm_and_skip(
+        x, weight, bias, torch.zeros_like(weight), torch.ones_like(weight), backend=backend
+    )
+    return y + skip
+
+
 FAMILIES = {
     "attention": Family(attention_cases(), attend, backends=("triton", "cuda")),
     "walks": Family(walk_cases(), attend, backends=("cuda",)),
@@ -146,6 +154,7 @@ FAMILIES = {
     "channel_layer_norm": Family(
         pixel_cases(), functional.channel_layer_norm, lambda shape: [((shape[1],), True), ((shape[1],), True)]
     ),
+    "batch_norm": Family(pixel_cases(), batch_norm, lambda shape: [((shape[1],), True), ((shape[1],), True)]),
     # y, LayerScale, and drop-path's factors, which are no variables.
     "residual_branch": Family(
         pixel_cases(), functional.residual_branch,

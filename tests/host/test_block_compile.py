@@ -57,6 +57,12 @@ def arguments(device: str) -> dict[str, tuple[Any, ...]]:
         "channel_layer_norm, half y": (pixels(grad=True), vector, parameter(5, grad=True), 1e-6, half),
         "channel_layer_norm_backward": (pixels(), None, pixels(), vector.detach(), mean, rstd),
         "channel_layer_norm_backward, skip": (pixels(dtype=half), pixels(), pixels(), vector.detach(), mean, rstd),
+        "batch_norm_backward": (pixels(), None, pixels(), vector.detach(), *torch.rand(2, 5, device=device)),
+        "batch_norm_backward, skip, half": (
+            *(pixels(dtype=half) for _ in range(3)),
+            vector.detach(),
+            *torch.rand(2, 5, device=device),
+        ),
         "residual_branch": (pixels(grad=True), pixels(grad=True), vector, keep, None),
         "residual_branch, bias": (pixels(grad=True), pixels(grad=True), vector, keep, parameter(5, grad=True)),
         "residual_branch, bias alone": (pixels(grad=True), pixels(grad=True), None, None, parameter(5, grad=True)),
@@ -193,6 +199,9 @@ def calls(channels: int, side: int, dtype: torch.dtype, batch: int = 1) -> Itera
     yield op("channel_layer_norm_backward", x, None, x, vector, mean, mean)
     yield op("channel_layer_norm_backward", x, x, x, vector, mean, mean)
     yield op("channel_layer_norm_backward", x, stream, stream, vector, mean, mean)
+    yield op("batch_norm_backward", x, None, x, vector.to(dtype), vector, vector)
+    yield op("batch_norm_backward", x, x, x, vector, vector, vector)
+    yield op("batch_norm_backward", stream, stream, stream, vector, vector, vector)
     for gamma, factors in ((None, keep.to(dtype)), (vector, keep)):
         yield op("residual_branch", x if gamma is None else stream, x, gamma, factors, vector)
         grad = x if gamma is None else stream
