@@ -10,7 +10,7 @@ baseline's favour, by 0.2 % of the traffic.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ import stvit
 from bench.baselines.attention import AuthorsStokenAttention
 from stvit.model import CONFIGS, STViT
 from stvit.modules import Attention, LayerNorm2d, ResidualDepthwise, StokenAttention, SuperTokenBlock
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class AuthorsSTViT(STViT):
@@ -106,7 +108,11 @@ def authors_model(name: str, **options: Any) -> STViT:
     for option in ("backend", "association_grad"):
         if option in options:
             raise ValueError(f"{option}: the authors' formulation has no such option")
-    model: STViT = getattr(stvit, name)(backend="reference", **options)
+    return formulated(getattr(stvit, name)(backend="reference", **options))
+
+
+def formulated(model: Module) -> Module:
+    """The same module, its parts changed to the authors' formulations."""
     for module in list(model.modules()):
         formulation = FORMULATIONS.get(type(module))
         if formulation is not None:

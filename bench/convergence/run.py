@@ -8,8 +8,7 @@ moving average over a twentieth of the steps; the largest difference is told bes
 distance from the baseline with the same seed is no larger than the distance between the baseline's two seeds.
 
 With --minutes each run ends after its share, and curves are compared as far as both go. Seconds are those of training
-steps, waiting for images and compilation included, tests not. The time to the same accuracy is when a run first reached
-the best accuracy of the run that is worst by that measure.
+steps, compilation included, tests not; those to the same accuracy end where a run reached what every run reached.
 
 Exit codes: 0 every contender passed, 1 one did not or failed, 2 a wrong command line.
 """
@@ -18,19 +17,20 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.harness import console, record
+from bench.harness.child import Child
 from bench.harness.gate import finite
 from bench.report import tables
 from stvit.backends import dispatch
@@ -67,24 +67,17 @@ class Run:
     error: str | None = None
 
 
-class Distance(NamedTuple):
-    """Between two smoothed loss curves: mean and largest absolute difference."""
-
-    mean: float
-    largest: float
-
-
 def smoothed(losses: Sequence[float]) -> Tensor:
     """Moving average over a twentieth of the steps; only where the whole window is there."""
     window = max(1, len(losses) // 20)
     return torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(1)
 
 
-def distance(a: Run, b: Run) -> Distance:
-    """Between the loss curves of two runs, as far as both go; NaN where a loss was."""
+def distance(a: Run, b: Run) -> dict[str, float]:
+    """Mean and largest absolute difference of two loss curves, smoothed, as far as both go; NaN where a loss was."""
     steps = min(len(a.losses), len(b.losses))
     apart = (smoothed(a.losses[:steps]) - smoothed(b.losses[:steps])).abs()
-    return Distance(float(apart.mean()), float(apart.max()))
+    return {"mean": float(apart.mean()), "largest": float(apart.max())}
 
 
 def target_accuracy(runs: Iterable[Run]) -> float | None:
@@ -125,12 +118,12 @@ def as_rows(runs: Sequence[Run], about: Row) -> tuple[list[Row], Row]:
         row = as_row(run, about, target)
         if first and run is not first and run.error is None:
             found = distance(first, run)
-            row["distance"] = {"mean": finite(found.mean), "largest": finite(found.largest)}
+            row["distance"] = {name: finite(value) for name, value in found.items()}
             if place > 1:
-                row["passed"] = bool(yardstick and found.mean <= yardstick.mean)  # NaN is not <= anything
+                row["passed"] = bool(yardstick and found["mean"] <= yardstick["mean"])  # NaN is not <= anything
         rows.append(row)
     passed = len(rows) > 2 and all(row.get("passed", False) for row in rows[2:])
-    return rows, {"yardstick": yardstick and yardstick._asdict(), "target_accuracy": target, "passed": passed}
+    return rows, {"yardstick": yardstick, "target_accuracy": target, "passed": passed}
 
 
 def train(run: Run, flags: Sequence[str], batch: int, seconds: float) -> None:
@@ -140,17 +133,14 @@ def train(run: Run, flags: Sequence[str], batch: int, seconds: float) -> None:
         command = [sys.executable, "-c", PROGRAM.format(SAME_DRAWS if compiled else "pass"), *flags]
         command += ["--seed", str(run.seed), "--backend", backend, "--output_dir", folder]
         command += ["--compile"] if compiled else []
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            said = child.communicate(timeout=None if math.isinf(seconds) else seconds)[1]
-        except subprocess.TimeoutExpired:
-            child.terminate()  # the program saves what it has
-            said = child.communicate()[1]
-        finally:
-            child.kill()
+        child = Child(command, Path(folder) / "output")
+        if not child.ends_in(seconds):
+            child.signal(signal.SIGTERM)  # the program saves what it has
+            child.ends_in(math.inf)
+        child.kill()
         read(run, Path(folder), batch)
-        if child.returncode not in (0, Preempted.exit_code) or not run.losses:
-            run.error = (said.strip().splitlines() or ["it ended before its first step"])[-1]
+        if child.code not in (0, Preempted.exit_code) or not run.losses:
+            run.error = child.last_line() or "it ended before its first step"
 
 
 def read(run: Run, folder: Path, batch: int) -> None:
@@ -169,19 +159,19 @@ def run_all(options: argparse.Namespace, flags: Sequence[str], about: Row, data:
     wanted = [(BASELINE, 0), (BASELINE, OTHER_SEED), *((name, 0) for name in options.contenders)]
     deadline = time.monotonic() + 60 * options.minutes
     runs: list[Run] = []
-    with console.progress(len(wanted)) as step:
-        for left, (name, seed) in zip(range(len(wanted), 0, -1), wanted, strict=True):
-            step(f"{name}, seed {seed}")
-            run = Run(name, seed)
-            runs.append(run)
-            train(run, flags, about["batch"], max(0.0, deadline - time.monotonic()) / left)
-            rows, found = as_rows(runs, about)
-            if options.out:
-                record.write(options.out, "convergence", torch.device(options.device), rows, data=data, **found)
-            if run.error:
-                console.say(f"    failed: {run.error}")
-                if len(runs) == 1:
-                    break
+    step = console.progress(len(wanted))
+    for left, (name, seed) in zip(range(len(wanted), 0, -1), wanted, strict=True):
+        step(f"{name}, seed {seed}")
+        run = Run(name, seed)
+        runs.append(run)
+        train(run, flags, about["batch"], max(0.0, deadline - time.monotonic()) / left)
+        rows, found = as_rows(runs, about)
+        if options.out:
+            record.write(options.out, "convergence", torch.device(options.device), rows, data=data, **found)
+        if run.error:
+            console.say(f"    failed: {run.error}")
+            if len(runs) == 1:
+                break
     return rows, found
 
 
@@ -194,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
         "the reference once more, which must repeat itself")  # fmt: skip
     add("--minutes", type=console.above_zero, default=math.inf, metavar="M", help="budget, shared out among the runs")
     add("--quick", action="store_true", help=f"short for {' '.join(QUICK)}")
-    add("--device", choices=("cuda", "cpu"), help="by default cuda where there is one")
+    console.add_device(p)
     add("--out", type=Path, metavar="FILE", help="by default bench/results/<gpu>/convergence.json; on the CPU none")
     return p
 
@@ -209,11 +199,9 @@ def why_not(name: str, device: torch.device) -> list[str]:
 
 def settle(options: argparse.Namespace) -> None:
     """Fills in what depends on the device; a wrong value ends the program."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = console.device(options.device)
     options.device = device.type
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            console.usage_error("--device: no CUDA device found; --device cpu tries the tool on the CPU")
         options.out = options.out or record.folder(device) / "convergence.json"
         options.contenders = options.contenders or [name for name in ("triton", "cuda") if not why_not(name, device)]
     options.contenders = options.contenders or [BASELINE]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from torch import nn
+
 CATEGORIES = (
     "super token ops", "depthwise", "1x1 products", "other convolutions", "attention", "norms", "pointwise", "copies",
     "optimiser", "other",
@@ -20,6 +22,13 @@ OPS = [
     (r"^(clone|_to_copy|copy_|cat|stack|contiguous|constant_pad_nd|(slice|select)_backward|fill_|zero_)$", "copies"),
 ]
 COMPILED = [(re.compile(pattern), category) for pattern, category in OPS]
+
+
+def of_module(module: nn.Module) -> str | None:
+    """The category that a module, of ours or the authors', gives to operators within it; None where it gives none."""
+    if hasattr(module, "qkv"):
+        return "attention"
+    return "super token ops" if tuple(getattr(module, "stoken_size", (1, 1))) != (1, 1) else None
 
 
 def is_convolution(op: str) -> bool:

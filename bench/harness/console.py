@@ -1,24 +1,16 @@
-"""What every benchmark prints: lines, tables and progress. With rich where it is installed, in plain text otherwise."""
+"""What every benchmark prints: lines, tables and progress, in plain text; and what its command line shares."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
 
-try:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-    from rich.text import Text
-
-    HAVE_RICH = True
-except ImportError:  # a GPU machine that has torch and little else
-    HAVE_RICH = False
+import torch
 
 USAGE_ERROR = 2  # argparse's own exit code for a wrong command line
 
@@ -43,25 +35,38 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def some(named: Mapping[str, Any]) -> Callable[[str], list[Any]]:
+    """An argparse type: names separated by commas -> what they name."""
+
+    def parse(text: str) -> list[Any]:
+        names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+        for name in names:
+            if name not in named:
+                raise argparse.ArgumentTypeError(f"expected some of {', '.join(named)}; got {name!r}")
+        return [named[name] for name in names]
+
+    return parse
+
+
 def above_zero(text: str) -> float:
-    value = _number(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected more than 0, got {text}")
     return value
 
 
-def rate(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a rate from 0 to below 1, got {text}")
-    return value
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="by default cuda where there is one")
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+def device(name: str | None) -> torch.device:
+    """What --device asks for; one that isn't there ends the program."""
+    if name == "cuda" and not torch.cuda.is_available():
+        usage_error("--device: no CUDA device found; --device cpu tries the tool on the CPU")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def usage_error(message: str) -> NoReturn:
@@ -76,46 +81,15 @@ def failure(message: str, code: int = 1) -> NoReturn:
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """A table of strings whose first `left` columns are aligned left and the others right."""
-    if not (HAVE_RICH and sys.stdout.isatty()):
-        say(plain_table(title, header, rows, left))
-        return
-    drawn = Table(title=title, title_justify="left")
-    for index, name in enumerate(header):
-        drawn.add_column(name, justify="left" if index < left else "right", overflow="fold")
-    for row in rows:
-        drawn.add_row(*(Text(cell) for cell in row))
-    Console().print(drawn)
-
-
-def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The same as one string, the columns as wide as their widest cell."""
+    """Prints a table of strings whose first `left` columns are aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [title]
+    say(title)
     for row in (header, ["-" * width for width in widths], *rows):
         cells = [f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+        say("  ".join(cells).rstrip())
 
 
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Gives `step(what)`, to be called before each of `total` steps: a bar on a terminal, elsewhere a line a step."""
-    if HAVE_RICH and sys.stdout.isatty():
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, transient=True) as bar:
-            task, begun = bar.add_task("", total=total), iter([0])  # the first step ends none
-
-            def advance(what: str) -> None:
-                bar.update(task, advance=next(begun, 1), description=what)
-
-            yield advance
-        return
-    began, count = time.monotonic(), 0
-
-    def line(what: str) -> None:
-        nonlocal count
-        count += 1
-        say(f"[{count}/{total}] {time.monotonic() - began:6.1f} s  {what}")
-
-    yield line
+def progress(total: int) -> Callable[[str], None]:
+    """`step(what)`, to be called before each of `total` steps: a line each."""
+    began, numbers = time.monotonic(), itertools.count(1)
+    return lambda what: say(f"[{next(numbers)}/{total}] {time.monotonic() - began:6.1f} s  {what}")

@@ -23,6 +23,12 @@ class Timing(NamedTuple):
     p80: float
     repeats: int
 
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Timing:
+        quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+        median, p20, p80 = torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist()
+        return cls(median, p20, p80, len(times))
+
 
 def copies_needed(bytes_a_call: int) -> int:
     """Sets of inputs to rotate through so that they don't all fit the L2 cache; at least 2, at most 64."""
@@ -30,14 +36,9 @@ def copies_needed(bytes_a_call: int) -> int:
 
 
 def measure(
-    calls: Sequence[Callable[[], Any]],
-    device: torch.device,
-    *,
-    warmup: int = 3,
-    repeats: int = 20,
-    seconds: float = 2.0,
-    queue_ms: float = 0.0,
-) -> Timing:
+    calls: Sequence[Callable[[], Any]], device: torch.device, *,
+    warmup: int = 3, repeats: int = 20, seconds: float = 2.0, queue_ms: float = 0.0,
+) -> Timing:  # fmt: skip
     """Times calls[0], calls[1], ... in turn, one per repeat: at least 3 repeats, then until `repeats` or `seconds`.
 
     queue_ms: a GPU waits so long before each repeat's clock starts. Where that is more than `host_ms`, the host has
@@ -50,9 +51,7 @@ def measure(
     while len(times) < 3 or (len(times) < repeats and time.perf_counter() - began < seconds):
         call = calls[len(times) % len(calls)]
         times.append(_gpu_ms(call, queue_ms) if device.type == "cuda" else _cpu_ms(call))
-    quantiles = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
-    median, p20, p80 = quantiles.tolist()
-    return Timing(median, p20, p80, len(times))
+    return Timing.of(times)
 
 
 def _cpu_ms(call: Callable[[], Any]) -> float:

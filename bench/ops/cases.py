@@ -1,7 +1,7 @@
 """What `python -m bench.ops` times: ops, shapes, contenders, and the bytes that an op must move.
 
-A further op is one entry of OPS, or of BLOCK_OPS in block_cases.py: its name, what it takes and returns, how each
-family runs it, and its floor. Bytes of a floor, after the table of the design: X are the bytes of x, A = 9/C X those of
+A further op is one entry of OPS or BLOCK_OPS: its name, what it takes and returns, how each family runs it, and its
+floor. Bytes of a floor, after the table of the design: X are the bytes of x, A = 9/C X those of
 the association's weights; tensors of super tokens (X/64 and X/16 at the published stages) are left out, so the floor
 stays a lower bound.
 """
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import stvit
 from bench.baselines import official
 from bench.baselines.attention import AuthorsStokenAttention
-from stvit import reference
+from bench.baselines.model import formulated
+from stvit import functional, reference
 from stvit.backends import dispatch
 from stvit.geometry import Association, grid_size
-from stvit.modules import Attention, StokenAttention
-from stvit.tensors import memory_format
+from stvit.modules import StokenAttention
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MODES = {"detached": False, "association_grad": True}
@@ -78,18 +78,10 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     association_grad: bool = False
-    channels_last: bool = True  # the format of ours; the authors' runs in NCHW, as they train
-    autocast: bool = False
 
-    @property
-    def x_bytes(self) -> int:
-        shape = self.shape
-        return self.batch * shape.channels * shape.height * shape.width * self.dtype.itemsize
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the association's weights: 9/C of those of x."""
-        return self.batch * 9 * self.shape.height * self.shape.width * self.dtype.itemsize
+    def bytes(self, name: str) -> int:
+        """Of the tensor called `name`. The association's weights have 9/C of those of x."""
+        return self.dtype.itemsize * torch.Size(self.sizes(name)).numel()
 
     def sizes(self, name: str) -> tuple[int, int, int, int]:
         """The shape of the tensor called `name`: x and y are pixels, hidden those in the middle of the MLP."""
@@ -148,12 +140,17 @@ class Op:
     implement: Callable[[Problem, str, ModuleType | None], Implementation]  # problem, family, the authors' module
     floor: Callable[[Problem], tuple[int, int]]  # bytes of the forward and of the backward
     split: bool = False  # a part of what the authors' code does in one go
-    associates: bool = True  # whether the gradient modes differ
+    associates: bool = True  # whether the gradient modes differ; they don't in the rest of the block
 
     def why_not(self, contender: Contender, problem: Problem, authors: ModuleType | None) -> list[str]:
         """The reasons why the contender can't run this; an empty list means that it can. Builds the extension."""
+        of_block = not self.associates
+        if contender.family == "cuda" and of_block:
+            return ["the extension holds super token sampling and upsampling alone, the rest runs on Triton"]
         if contender.family == "authors":
             reasons = []
+            if of_block and authors is not None:
+                reasons.append("PyTorch's own operators stand for the authors' code here; leave --official out")
             if problem.association_grad:
                 reasons.append("the authors' formulation has no gradient through the association")
             if self.split and authors is not None:
@@ -166,11 +163,11 @@ class Op:
 
 
 def in_layout(name: str, tensor: Tensor, problem: Problem, family: str) -> Tensor:
-    """The tensor as the family keeps it: ours in the problem's format, the authors' in NCHW, weights (B, T, P, 9)."""
+    """The tensor as the family keeps it: ours channels_last, the authors' in NCHW with weights (B, T, P, 9)."""
     if family == "authors":
         tiled = reference.pixels_by_tile(tensor, problem.shape.tile) if name == "weights" else tensor
         return tiled.contiguous()
-    return tensor.contiguous(memory_format=memory_format(problem.channels_last or name == "weights"))
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def out_of_layout(name: str, tensor: Tensor, problem: Problem, family: str) -> Tensor:
@@ -180,14 +177,8 @@ def out_of_layout(name: str, tensor: Tensor, problem: Problem, family: str) -> T
     return tensor
 
 
-def _placed(module: nn.Module, problem: Problem) -> nn.Module:
-    return module.to(problem.device, torch.float32 if problem.autocast else problem.dtype)
-
-
 def _authors_core(problem: Problem) -> AuthorsStokenAttention:
-    core = _placed(AuthorsStokenAttention(problem.shape.tile), problem)
-    assert isinstance(core, AuthorsStokenAttention)
-    return core
+    return AuthorsStokenAttention(problem.shape.tile).to(problem.device, problem.dtype)
 
 
 def _sampling(problem: Problem, family: str, authors: ModuleType | None) -> Implementation:
@@ -214,7 +205,7 @@ def _upsampling(problem: Problem, family: str, authors: ModuleType | None) -> Im
     mass = torch.ones((sizes[0], 1, *sizes[2:]), device=problem.device)  # upsampling looks at its shape alone
 
     def run(stokens: Tensor, weights: Tensor) -> tuple[Tensor]:
-        association = Association(weights, mass, shape.tile, problem.channels_last)
+        association = Association(weights, mass, shape.tile, True)
         return (stvit.token_upsampling(stokens, association, backend=family),)
 
     return Implementation(run)
@@ -224,7 +215,7 @@ def _core(problem: Problem, family: str, authors: ModuleType | None) -> Implemen
     shape = problem.shape
     if family == "authors":
         theirs = official.super_token_attention(authors, shape.channels, shape.tile, None) if authors else None
-        core = _placed(theirs, problem) if theirs else _authors_core(problem)
+        core = theirs.to(problem.device, problem.dtype) if theirs else _authors_core(problem)
         return Implementation(lambda x: (core(x),))
 
     def run(x: Tensor) -> tuple[Tensor]:
@@ -249,23 +240,10 @@ def _attention(problem: Problem, family: str, authors: ModuleType | None) -> Imp
         module = official.super_token_attention(authors, shape.channels, shape.tile, shape.heads)
         module.load_state_dict(ours.state_dict())
     elif family == "authors":
-        assert isinstance(ours.stoken_refine, Attention)  # its reference backend is the authors' formulation
-        module = _AuthorsAttention(shape.tile, ours.stoken_refine)
-    module = _placed(module, problem)
+        module = formulated(ours)
+    module = module.to(problem.device, problem.dtype)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     return Implementation(lambda x: (module(x),), parameters)
-
-
-class _AuthorsAttention(AuthorsStokenAttention):
-    """The authors' formulation with refinement; parameters are called as in the published checkpoints."""
-
-    def __init__(self, stoken_size: tuple[int, int], stoken_refine: Attention) -> None:
-        super().__init__(stoken_size)
-        self.stoken_refine = stoken_refine
-
-    def forward(self, x: Tensor) -> Tensor:
-        stokens, association = self.sampling(x)
-        return self.upsampling(self.stoken_refine(stokens), association, (x.shape[2], x.shape[3]))
 
 
 def _floor_of_sampling(problem: Problem) -> tuple[int, int]:
@@ -276,7 +254,7 @@ def _floor_of_sampling(problem: Problem) -> tuple[int, int]:
     weights (A); dx is written (X). The sums dS0 reach one tile further than dx; a kernel that walks down the tiles and
     keeps dlogit of the last rows on chip needs no second read of x for them.
     """
-    x, weights = problem.x_bytes, problem.weight_bytes
+    x, weights = problem.bytes("x"), problem.bytes("weights")
     return x + weights, 2 * x + 2 * weights if problem.association_grad else x + weights
 
 
@@ -285,7 +263,7 @@ def _floor_of_upsampling(problem: Problem) -> tuple[int, int]:
 
     Backward through the association X + 2A: dA[p, k] = <dy_p, S'[n]> is written too (A); S' counts as nothing.
     """
-    x, weights = problem.x_bytes, problem.weight_bytes
+    x, weights = problem.bytes("x"), problem.bytes("weights")
     return weights + x, x + 2 * weights if problem.association_grad else weights + x
 
 
@@ -310,3 +288,60 @@ OPS = [
         ("y",), _upsampling, _floor_of_upsampling, split=True,
     ),
 ]  # fmt: skip
+
+
+# The rest of the block. The authors' formulation of each is PyTorch's own operators, the reference's, run in NCHW as
+# they train. Pixels called `hidden` are those in the middle of the MLP, four times as wide.
+
+
+def _op(
+    name: str, call: Callable[..., Tensor], pixels: tuple[str, ...], shapes: dict[str, tuple[int, ...]],
+    forward: int, backward: int,
+) -> Op:  # fmt: skip
+    """call(backend, *pixels, *parameters): one output, of the size of the pixels. shapes: parameter -> its shape, the
+    channels written as -1. forward, backward: how many times the bytes of the pixels have to move."""
+
+    def implement(problem: Problem, family: str, authors: ModuleType | None) -> Implementation:
+        generator = torch.Generator().manual_seed(0)  # every family gets the same parameters
+        channels = problem.sizes(pixels[0])[1]
+        parameters = {}
+        for parameter, shape in shapes.items():
+            values = 0.3 * torch.randn([channels if n < 0 else n for n in shape], generator=generator)
+            parameters[parameter] = nn.Parameter(values.to(problem.device, problem.dtype))
+        backend = "reference" if family == "authors" else family
+        return Implementation(lambda *given: (call(backend, *given, *parameters.values()),), parameters)
+
+    def floor(problem: Problem) -> tuple[int, int]:
+        moved = problem.bytes(pixels[0])
+        return forward * moved, backward * moved
+
+    output = "hidden" if pixels == ("hidden",) else "y"
+    return Op(name, lambda _: dict.fromkeys(pixels, True), (output,), implement, floor, associates=False)
+
+
+def _branch(backend: str, x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
+    keep = x.new_full((x.shape[0],), 1.25)  # drop-path 0.2
+    return functional.residual_branch(x, y, gamma, keep, backend)
+
+
+def _gelu_depthwise(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return functional.residual_depthwise(x, weight, bias, True, backend)
+
+
+def _depthwise(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return functional.residual_depthwise(x, weight, bias, False, backend)
+
+
+def _norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return functional.channel_layer_norm(x, weight, bias, 1e-6, backend)
+
+
+FILTER, VECTOR = (-1, 1, 3, 3), (-1,)
+BLOCK_OPS: list[Op] = [
+    # Forward: x read, y written. Backward: x and dy read, dx written.
+    _op("gelu_depthwise", _gelu_depthwise, ("hidden",), {"weight": FILTER, "bias": VECTOR}, 2, 3),
+    _op("residual_depthwise", _depthwise, ("x",), {"weight": FILTER, "bias": VECTOR}, 2, 3),
+    _op("channel_layer_norm", _norm, ("x",), {"weight": VECTOR, "bias": VECTOR}, 2, 3),
+    # Forward: x and y read, the sum written. Backward: dout and y (for LayerScale) read, dy written.
+    _op("residual_branch", _branch, ("x", "y"), {"gamma": VECTOR}, 3, 3),
+]

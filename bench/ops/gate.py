@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from bench.harness.gate import Verdict, distances, judge
-from bench.ops.cases import Contender, Implementation, Op, Problem, in_layout, out_of_layout
+from bench.ops.cases import PASSES, Contender, Implementation, Op, Problem, in_layout, out_of_layout
 
 BASELINE_TOLERANCE = 0.05
 Named = dict[str, Tensor]
+Calls = dict[str, Callable[[], Sequence[Tensor]]]  # pass -> a call of it; outputs, then gradients of all that has one
 
 
 class Data(NamedTuple):
@@ -31,13 +32,6 @@ class Data(NamedTuple):
 
     inputs: Named
     gradients: Named
-
-
-class Prepared(NamedTuple):
-    """`forward()` gives the outputs, without autograd; `both()` outputs, then gradients of inputs and parameters."""
-
-    forward: Callable[[], Sequence[Tensor]]
-    both: Callable[[], Sequence[Tensor]]
 
 
 class Truth(NamedTuple):
@@ -62,7 +56,7 @@ def draw(op: Op, problem: Problem, seed: int) -> Data:
     )
 
 
-def prepare(op: Op, problem: Problem, family: str, implementation: Implementation, data: Data) -> Prepared:
+def prepare(op: Op, problem: Problem, family: str, implementation: Implementation, data: Data) -> Calls:
     """The calls to time, on copies of the data in the family's own layout."""
     inputs = [
         in_layout(name, tensor, problem, family).clone().requires_grad_(op.inputs(problem)[name])
@@ -71,29 +65,23 @@ def prepare(op: Op, problem: Problem, family: str, implementation: Implementatio
     leaves = [t for t in inputs if t.requires_grad] + list(implementation.parameters.values())
     gradients = [in_layout(name, tensor, problem, family) for name, tensor in data.gradients.items()]
 
-    def run() -> tuple[Tensor, ...]:
-        if not problem.autocast:
-            return implementation.run(*inputs)
-        with torch.autocast(problem.device.type, problem.dtype):
-            return implementation.run(*inputs)
-
     def forward() -> Sequence[Tensor]:
         with torch.no_grad():
-            return run()
+            return implementation.run(*inputs)
 
     def both() -> Sequence[Tensor]:
-        outputs = run()
+        outputs = implementation.run(*inputs)
         wanted = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad]
         return *outputs, *torch.autograd.grad([o for o, _ in wanted], leaves, [g for _, g in wanted])
 
-    return Prepared(forward, both)
+    return dict(zip(PASSES, (forward, both), strict=True))
 
 
 def truth(op: Op, problem: Problem, data: Data) -> Truth:
     """What is right for the first and the last image, and how far the reference is from it in the problem's dtype."""
     images = sorted({0, problem.batch - 1})
     few = problem._replace(batch=len(images))
-    exact = few._replace(dtype=torch.float64, autocast=False)
+    exact = few._replace(dtype=torch.float64)
     chosen = Data(*({name: tensor[images] for name, tensor in named.items()} for named in data))
     values = _run(op, exact, Data(*({name: t.double() for name, t in named.items()} for named in chosen)))
     near = _run(op, few, chosen)
@@ -103,7 +91,8 @@ def truth(op: Op, problem: Problem, data: Data) -> Truth:
 def _run(op: Op, problem: Problem, data: Data) -> Named:
     """Outputs and gradients by the reference."""
     implementation = op.implement(problem, "reference", None)
-    return name_results(op, problem, implementation, prepare(op, problem, "reference", implementation, data).both())
+    calls = prepare(op, problem, "reference", implementation, data)
+    return name_results(op, problem, implementation, calls["forward+backward"]())
 
 
 def name_results(op: Op, problem: Problem, implementation: Implementation, results: Sequence[Tensor]) -> Named:
@@ -123,13 +112,9 @@ def only(images: Sequence[int], data: Data) -> Data:
 
 
 def check(
-    op: Op,
-    problem: Problem,
-    contender: Contender,
-    implementation: Implementation,
-    results: Sequence[Tensor],
+    op: Op, problem: Problem, contender: Contender, implementation: Implementation, results: Sequence[Tensor],
     right: Truth,
-) -> Verdict:
+) -> Verdict:  # fmt: skip
     """Holds what a contender's `forward` or `both` returned on `only(right.images, data)` against the truth."""
     found: Named = {}
     for name, got in name_results(op, problem, implementation, results).items():

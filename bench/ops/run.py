@@ -3,25 +3,19 @@
 Every contender passes the correctness gate (gate.py) right before it is timed, at the very shape that is timed. A time
 is the GPU's: the host has queued the call before the clock starts, and what the host needs to do so is given beside it
 (host_ms; where it is the larger, an eager loop is bound by the host, which CUDA graphs cure). Everything runs in the
-plain dtype, parameters included: autocast would add casts to the authors' side only; --autocast times that. float32
-rows keep PyTorch's defaults: TF32 off in matrix products, on in cuDNN's convolutions.
-
-A row of the result file: op, shape, models, stage, batch, channels, height, width, tile, heads, dtype, mode, format,
-autocast, contender, baseline, interpreted, pass, status ("timed", "gate only", "failed gate", "out of memory",
-"error"), error; gate {passed, worst, worst_name, errors}; where timed median_ms, p20_ms, p80_ms, repeats, host_ms,
-peak_bytes, floor_bytes, percent_of_floor (floor_bytes / copy bandwidth / median); speedup over each baseline that was
-timed {contender: factor}.
+plain dtype, parameters included: autocast would add casts to the authors' side only. Ours runs channels_last, the
+authors' in NCHW, as they train. float32 rows keep PyTorch's defaults: TF32 off in matrix products, on in cuDNN's
+convolutions. What a row of the result file holds is said in docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,24 +25,20 @@ from bench.baselines import official
 from bench.harness import console, record, timing
 from bench.harness.gate import Verdict, finite
 from bench.ops import gate
-from bench.ops.cases import MODES, PASSES, STAGES, Contender, Implementation, Op, Problem, interpreted
-from bench.ops.options import Options, Unit, parse, plan
+from bench.ops.cases import MODES, PASSES, Contender, Implementation, Op, Problem, interpreted
+from bench.ops.options import Unit, parse, plan
 
 Row = dict[str, Any]
-KEY = ("op", "shape", "batch", "dtype", "mode", "autocast", "pass")  # what a speed-up keeps fixed
+KEY = ("op", "shape", "batch", "dtype", "mode", "pass")  # what a speed-up keeps fixed
 FAILED = ("failed gate", "error")
 REPEATS, SECONDS = 30, 1.0
-SAVE_EVERY = 20.0  # seconds: an interrupted run keeps its rows
-
-
-class DeviceLost(RuntimeError):
-    """The GPU answers no more: nothing else can be measured in this process."""
+SAVE_EVERY = 20.0  # seconds: a run that is killed keeps its rows
 
 
 class Run:
     """What a run has found so far."""
 
-    def __init__(self, options: Options, authors: ModuleType | None) -> None:
+    def __init__(self, options: argparse.Namespace, authors: ModuleType | None) -> None:
         self.options, self.authors, self.device = options, authors, options.device
         self.bandwidth = 0.0
         self.rows: list[Row] = []
@@ -76,18 +66,15 @@ class Run:
     def save(self, at_once: bool = False) -> None:
         if self.options.out is None or not (at_once or time.monotonic() - self._saved > SAVE_EVERY):
             return
+        self._saved = time.monotonic()
         for row in self.rows:
             row["speedup"] = speedups(row, self.rows)
-        model_file = Path(self.authors.__file__ or "") if self.authors else None
-        authors = "bench/baselines/attention.py"
-        if model_file:
-            authors = f"sha256 {hashlib.sha256(model_file.read_bytes()).hexdigest()}"
+        authors = "official checkout" if self.authors else "bench/baselines/attention.py"
         record.write(
             self.options.out, "ops", self.device, self.rows,
             bandwidth_bytes_per_s=self.bandwidth, authors=authors,
             unavailable=self.unavailable, skipped=self.skipped, minutes=self.options.minutes,
         )  # fmt: skip
-        self._saved = time.monotonic()
 
 
 def speedups(row: Row, rows: Sequence[Row]) -> dict[str, float]:
@@ -102,13 +89,9 @@ def speedups(row: Row, rows: Sequence[Row]) -> dict[str, float]:
 def describe(op: Op, problem: Problem, contender: Contender, pass_: str) -> Row:
     """The part of a row that is known before anything runs."""
     shape = problem.shape
-    model, _, stage = shape.name.partition("/")
-    same = [name for name, stages in STAGES.items() if model in STAGES and stages == STAGES[model]]
     return {
         "op": op.name,
         "shape": shape.name,
-        "models": same,
-        "stage": int(stage[0]) if same else None,
         "batch": problem.batch,
         "channels": shape.channels,
         "height": shape.height,
@@ -117,8 +100,6 @@ def describe(op: Op, problem: Problem, contender: Contender, pass_: str) -> Row:
         "heads": shape.heads,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "mode": next(name for name, grad in MODES.items() if grad == problem.association_grad),
-        "format": "channels_last" if problem.channels_last and contender.family != "authors" else "contiguous",
-        "autocast": problem.autocast,
         "contender": contender.name,
         "baseline": contender.baseline,
         "interpreted": interpreted(contender, problem.device),
@@ -130,7 +111,7 @@ def describe(op: Op, problem: Problem, contender: Contender, pass_: str) -> Row:
 
 @contextmanager
 def failures_in(row: Row, device: torch.device) -> Iterator[None]:
-    """A failure within the block becomes part of the row; DeviceLost where the GPU doesn't survive it."""
+    """A failure within the block becomes part of the row; where the GPU doesn't survive it, the program ends."""
     try:
         yield
     except Exception as error:
@@ -140,8 +121,8 @@ def failures_in(row: Row, device: torch.device) -> Iterator[None]:
     if row["status"] == "error" and device.type == "cuda":
         try:
             torch.cuda.synchronize()
-        except Exception as error:
-            raise DeviceLost(row["error"]) from error
+        except Exception:
+            console.failure(f"the GPU answers no more after: {row['error']}")
 
 
 def run_contender(run: Run, op: Op, problem: Problem, contender: Contender, right: gate.Truth) -> None:
@@ -151,19 +132,22 @@ def run_contender(run: Run, op: Op, problem: Problem, contender: Contender, righ
     rows = [describe(op, problem, contender, pass_) for pass_ in PASSES]
     run.rows += rows
     implementation: Implementation | None = None
-    prepared: gate.Prepared | None = None
+    prepared: gate.Calls | None = None
     for row in rows:
         with failures_in(row, run.device):
-            implementation = implementation or implement(run, op, problem, contender)
+            if implementation is None:
+                implementation = op.implement(problem, contender.family, run.authors)
+                if contender.compiled:
+                    implementation = implementation._replace(run=torch.compile(implementation.run))
             if prepared is None:
                 data = gate.only(right.images, gate.draw(op, problem, 0))
                 prepared = gate.prepare(op, problem, contender.family, implementation, data)
                 del data
-            results = call_of(prepared, row["pass"])()
+            results = prepared[row["pass"]]()
             pass_gate(row, gate.check(op, problem, contender, implementation, results, right))
             del results
     prepared = None  # the contender gets all the memory
-    calls: list[gate.Prepared] = []
+    calls: list[gate.Calls] = []
     for row in rows:
         if row["status"] != "gate only" or row["interpreted"] or run.options.gate:
             continue
@@ -173,12 +157,7 @@ def run_contender(run: Run, op: Op, problem: Problem, contender: Contender, righ
         with failures_in(row, run.device):
             assert implementation is not None
             calls = calls or rotated(op, problem, contender, implementation)
-            row.update(timed(run, op, problem, row["pass"], [call_of(prepared, row["pass"]) for prepared in calls]))
-
-
-def implement(run: Run, op: Op, problem: Problem, contender: Contender) -> Implementation:
-    implementation = op.implement(problem, contender.family, run.authors)
-    return implementation._replace(run=torch.compile(implementation.run)) if contender.compiled else implementation
+            row.update(timed(run, op, problem, row["pass"], [prepared[row["pass"]] for prepared in calls]))
 
 
 def pass_gate(row: Row, verdict: Verdict) -> None:
@@ -191,11 +170,7 @@ def pass_gate(row: Row, verdict: Verdict) -> None:
         row["error"] = f"failed gate: {name} is off by {error:.3g}, {share:.3g} times what a kernel is allowed"
 
 
-def call_of(prepared: gate.Prepared, pass_: str) -> Callable[[], Any]:
-    return prepared.forward if pass_ == "forward" else prepared.both
-
-
-def rotated(op: Op, problem: Problem, contender: Contender, implementation: Implementation) -> list[gate.Prepared]:
+def rotated(op: Op, problem: Problem, contender: Contender, implementation: Implementation) -> list[gate.Calls]:
     """The calls to time, on inputs that together don't fit the L2 cache."""
     sizes = [problem.sizes(name) for name in (*op.inputs(problem), *op.outputs)]
     a_call = sum(math.prod(size) for size in sizes) * problem.dtype.itemsize
@@ -228,12 +203,6 @@ def timed(run: Run, op: Op, problem: Problem, pass_: str, calls: Sequence[Callab
     }
 
 
-def label(op: Op, problem: Problem, what: str = "") -> str:
-    dtype = str(problem.dtype).removeprefix("torch.")
-    mode = "association_grad" if problem.association_grad else "detached"
-    return f"{op.name} {problem.shape.name}, batch {problem.batch}, {dtype}, {mode}{what and ': '}{what}"
-
-
 def run_unit(run: Run, unit: Unit, step: Callable[[str], None]) -> None:
     """All contenders of one problem; what doesn't fit the time left is noted as skipped."""
     op, problem, contenders = unit
@@ -243,7 +212,8 @@ def run_unit(run: Run, unit: Unit, step: Callable[[str], None]) -> None:
         if run.out_of_time():
             run.skipped += len(PASSES)
             continue
-        step(label(op, problem, contender.name))
+        mode = "association_grad" if problem.association_grad else "detached"
+        step(f"{op.name} {problem.shape.name}, batch {problem.batch}, {problem.dtype}, {mode}: {contender.name}")
         if right is None:
             run.rows.append(describe(op, problem, contender, PASSES[-1]))
             with failures_in(run.rows[-1], run.device):
@@ -256,38 +226,25 @@ def run_unit(run: Run, unit: Unit, step: Callable[[str], None]) -> None:
         gc.collect()
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
-    if len(run.rows) > first:
-        report(run, label(op, problem), run.rows[first:])
+    for row in run.rows[first:]:
+        console.say(f"    {told(row, run.rows)}")
 
 
-def report(run: Run, title: str, rows: Sequence[Row]) -> None:
-    """Prints the table of one problem; a row that isn't timed shows why instead of a speed."""
-    family = "reference" if rows[0]["mode"] == "association_grad" else "authors"
-    shown = (family, f"{family} compiled")
-    header = ["contender", "pass", "median ms", "p20", "p80", "host ms", "peak MiB", "floor MiB", "% of floor"]
-    header += [*(f"x {name}" for name in shown), "error/limit"]
-    cells = []
-    for row in rows:
-        name = row["contender"] + (" (interpreted)" if row["interpreted"] else "")
-        worst = row.get("gate", {}).get("worst")
-        verdict = "-" if worst is None else f"{worst:.2f}"
-        if row["status"] != "timed":
-            why = {"failed gate": "FAILED GATE", "gate only": "gate passed"}.get(row["status"], row["status"].upper())
-            cells.append([name, row["pass"], why, *["-"] * (len(header) - 4), verdict])
-            continue
-        faster = speedups(row, run.rows)
-        cells.append([
-            name, row["pass"], *(f"{row[key]:.3f}" for key in ("median_ms", "p20_ms", "p80_ms")),
-            "-" if row["host_ms"] is None else f"{row['host_ms']:.3f}",
-            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
-            f"{row['floor_bytes'] / 2**20:.1f}", f"{row['percent_of_floor']:.0f}",
-            *(f"{faster[name]:.2f}" if name in faster else "-" for name in shown), verdict,
-        ])  # fmt: skip
-    console.table(title, header, cells, left=2)
-    for row in rows:
-        if row["error"]:
-            console.say(f"  {row['contender']}, {row['pass']}: {row['error']}")
-    console.say()
+def told(row: Row, rows: Sequence[Row]) -> str:
+    """A row in one line: its figures, or why there are none."""
+    name = f"{row['contender']}{' (interpreted)' if row['interpreted'] else ''}, {row['pass']}"
+    worst = row.get("gate", {}).get("worst")
+    verdict = "" if worst is None else f", error {worst:.2f} of its limit"
+    if row["status"] != "timed":
+        return f"{name}: {row['error'] or 'gate passed'}{verdict}"
+    figures = [
+        f"{row['median_ms']:.3f} ms ({row['p20_ms']:.3f} to {row['p80_ms']:.3f})",
+        f"{row['percent_of_floor']:.0f} % of the speed of its floor of {row['floor_bytes'] / 2**20:.1f} MiB",
+        *(f"{factor:.2f} times as fast as {baseline}" for baseline, factor in speedups(row, rows).items()),
+    ]
+    figures += [] if row["host_ms"] is None else [f"host {row['host_ms']:.3f} ms"]
+    figures += [] if row["peak_bytes"] is None else [f"peak {row['peak_bytes'] / 2**20:.0f} MiB"]
+    return f"{name}: {', '.join(figures)}{verdict}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -297,13 +254,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         authors = official.load(options.official) if options.official else None
     except official.OfficialError as error:
         console.usage_error(str(error))
-    if options.out is not None:
-        try:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            console.usage_error(f"--out: {error}")
-    if options.device.index is not None:
-        torch.cuda.set_device(options.device)
     run = Run(options, authors)
     units = run.available(plan(options))
     for name, reasons in run.unavailable.items():
@@ -312,20 +262,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.usage_error("nothing to run: no contender asked for can run here")
     run.bandwidth = timing.copy_bandwidth(run.device)
     console.say(f"{record.environment(run.device)['name']}: copy bandwidth {run.bandwidth / 1e9:.0f} GB/s\n")
-    stopped = 0
+    step = console.progress(sum(len(unit.contenders) for unit in units))
     try:
-        with console.progress(sum(len(unit.contenders) for unit in units)) as step:
-            for unit in units:
-                run_unit(run, unit, step)
-                run.save()
-    except DeviceLost as error:
-        console.say(f"stopped, the GPU answers no more after: {error}")
-        stopped = 1
+        for unit in units:
+            run_unit(run, unit, step)
+            run.save()
     except KeyboardInterrupt:
-        console.say("interrupted")
-        stopped = 130
-    run.save(at_once=True)
-    return stopped or summarise(run)
+        console.failure("interrupted", 130)
+    finally:
+        run.save(at_once=True)
+    return summarise(run)
 
 
 def summarise(run: Run) -> int:

@@ -1,8 +1,8 @@
 """Each kernel's time in a training step on a GPU beside the limits that bench.machine counts for it.
 
-    python -m bench.predict.error profile.json machine.json --out kernels.json
+    python -m bench.predict.error training.json machine.json --out kernels.json
 
-profile.json is of `bench.training --profile`, of ours in eager mode; machine.json of `bench.machine --json` for the
+training.json is of `bench.training --profile`, of ours in eager mode; machine.json of `bench.machine --json` for the
 same GPU, model, size and batch. Kernels go by name: a name's launches of a step are added up on either side. The ratio
 is what the model misses; the limits are lower bounds, so below 1 one of the counts is wrong.
 """
@@ -20,19 +20,20 @@ from typing import Any
 import torch
 
 from bench.harness import console, record
+from bench.predict import tables
 
 CONTENDER = "ours-triton"
 Row = dict[str, Any]
 
 
-def compare(profiles: Sequence[Row], costs: Sequence[Row]) -> list[Row]:
+def compare(timings: Sequence[Row], costs: Sequence[Row]) -> list[Row]:
     """A row for each kernel of ours: microseconds and launches of a step, timed (None where it did not run) and
     predicted."""
     timed: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    for profile in profiles:
-        if profile["contender"] == CONTENDER and profile["mode"] == "train":
-            for entry in profile["kernels"]:
+    for row in timings:
+        if row["contender"] == CONTENDER and row["mode"] == "train":
+            for entry in row.get("profile", {"kernels": []})["kernels"]:
                 timed[entry["name"]] += entry["ms"] * 1e3
                 calls[entry["name"]] += entry["calls"]
     predicted: Counter[str] = Counter()
@@ -54,27 +55,25 @@ def compare(profiles: Sequence[Row], costs: Sequence[Row]) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = console.parser("predict.error", __doc__)
-    parser.add_argument("profile", type=Path, metavar="PROFILE")
+    parser.add_argument("timings", type=Path, metavar="TIMINGS")
     parser.add_argument("costs", type=Path, metavar="COSTS")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows to FILE")
     args: argparse.Namespace = parser.parse_args(arguments)
     try:
-        profile, costs = (json.loads(path.read_text()) for path in (args.profile, args.costs))
-        rows = compare(profile["rows"], costs["rows"])
+        timings, costs = (json.loads(path.read_text()) for path in (args.timings, args.costs))
+        rows = compare(timings["rows"], costs["rows"])
     except (OSError, ValueError, KeyError) as error:
         console.usage_error(f"no result files of bench.training --profile and bench.machine --json: {error!r}")
-    cells = [["-" if value is None else value if isinstance(value, str) else f"{value:.1f}" for value in row.values()]
-             for row in rows]  # fmt: skip
-    console.table("kernels of a training step, microseconds a step", list(rows[0] if rows else {"kernel": ""}), cells)
+    console.table("kernels of a training step", *tables.error_lines(rows))
     if args.out:
-        device = torch.device("cuda" if profile["environment"]["device"] == "cuda" else "cpu")
+        device = torch.device("cuda" if timings["environment"]["device"] == "cuda" else "cpu")
         record.write(
             args.out,
             "kernels",
             device,
             rows,
             gpu=costs["settings"].get("gpu"),
-            environment_of_times=profile["environment"],
+            environment_of_times=timings["environment"],
         )
     return 0
 

@@ -31,8 +31,9 @@ from bench.machine.gpus import COUNTED_AS, GPU, GPUS
 from bench.machine.processes import compiling_processes
 from bench.machine.replay import Recorded
 from bench.machine.replay import record as recorded
-from bench.report import tables
-from bench.report.tables import MODES, SIDES
+from bench.predict import tables
+from bench.predict.tables import SIDES
+from bench.report.tables import MODES
 from bench.traffic.count import count
 from stvit.model import CONFIGS
 
@@ -78,7 +79,7 @@ def examine(case: Case, gpu: GPU) -> Found:
     )  # fmt: skip
     total = counted.total()
     ours = {launched.op for launched in counted.launches}
-    pytorch = [moved for key, moved in counted.calls if key.phase != "optimiser" and key.op not in ours]
+    pytorch = [moved for key, moved in counted.calls if key.op not in ours]
     seconds = sum(max(moved.moved / gpu.dram, moved.flops / gpu.tensor) for moved in pytorch)
     return Found(total.moved, total.kernels, seconds, [recorded(launched) for launched in counted.launches])
 
@@ -135,10 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [
         Case(*key, args.batch, args.autocast) for key in itertools.product(args.models, args.sizes, args.modes, SIDES)
     ]
-    with console.progress(len(cases) + len(set(args.sizes))) as step:
-        found = rows(cases, GPUS[args.gpu], step)
+    found = rows(cases, GPUS[args.gpu], console.progress(len(cases) + len(set(args.sizes))))
     title = f"\ncounted and modelled, not timed: each kernel at its limit on one {args.gpu}, batch {args.batch}"
-    console.table(title, tables.PREDICTED, tables.predicted_lines(found), left=3)
+    console.table(title, *tables.predicted_lines(found), left=3)
     for path in filter(None, (args.out, RECORDED if args.record else None)):
         record.write(path, "predict", torch.device("cpu"), found, gpu=args.gpu, source=GPUS[args.gpu].source)
         console.say(f"written: {path}")

@@ -1,15 +1,14 @@
-"""The figures of result files: panels of horizontal bars with their spread, and curves over training steps."""
+"""The figures of result files: horizontal bars with their spread, and curves over training steps."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no window, no global state
-from matplotlib.patches import Patch
 
 from bench.harness import record
 from bench.report import tables
@@ -17,119 +16,89 @@ from bench.report.tables import Group, Result, Row
 
 # Blue, orange, green, purple, yellow of Okabe and Ito, which the colour-blind can tell apart; grey for what is behind.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c8c8c"
-OF_OPS = {tables.EAGER: GREY, tables.COMPILED: ORANGE, "triton": BLUE, "cuda": GREEN}
+OPS = {tables.EAGER: GREY, tables.COMPILED: ORANGE, "triton": BLUE, "cuda": GREEN}
+SIDES = {"authors, eager": GREY, "authors, compiled": ORANGE, "ours": BLUE}
 WIDTH, DPI = 10.5, 120  # inches across; pixels an inch
 BAR = 0.2  # inches across a bar
 
 Bar = tuple[float, float, float] | str  # a value and the ends of its spread, or a word in place of a number
-Series = dict[str, tuple[Sequence[str], Sequence[Bar]]]
-Curve = tuple[str, str, str, Sequence[Sequence[float | None]]]  # name, colour, style of the line, [step, value] points
 
 
 class Panel(NamedTuple):
-    """Groups of bars below each other, each with a bar of every series: name -> (colours of its bars, bars)."""
+    """`bar` makes a bar of what a side has at one name: of a row, of rows by mode."""
 
     title: str
-    groups: Sequence[str]
-    series: Series
     unit: str
-    form: str = "{:.1f}"
-    mark: float | None = None  # where a dashed line is drawn
+    form: str
+    bar: Callable[[Any], Bar]
+
+
+Curve = tuple[str, str, str, Sequence[tuple[float, float]]]  # name, colour, style of the line, (step, value) points
 
 
 def draw(folder: Path, results: Sequence[Result]) -> list[Path]:
     """Draws the figures of one GPU's results into its folder; returns their paths."""
-    drawn = []
-    for op, groups in tables.by_op(results):
-        row, batches = groups[0].any, ", ".join(map(str, sorted({group.any["batch"] for group in groups})))
-        title = f"{tables.OPS.get(op, op)}, forward + backward, {row['dtype']}, batch {batches}"
-        drawn.append(bars(folder / f"ops-{op}.png", title, groups[0], [panels_of_op(groups)]))
-    groups = [group for group in tables.training_groups(results) if tables.is_ours(group)]
-    models: dict[tuple[str, int], dict[str, dict[str, Row]]] = {}  # -> mode -> contender -> row
-    for group in groups:
-        models.setdefault((group.key[0], group.key[1]), {})[group.key[2]] = group.rows
-    if models:
-        title = f"Whole models, {groups[0].any['dtype']}, batch {groups[0].any['batch_asked']}"
-        rows = [panels_of_model(f"{model} at {size}", modes) for (model, size), modes in models.items()]
-        drawn.append(bars(folder / "training.png", title, groups[0], rows))
+    drawn = [saved(of_op(op, groups), folder / f"ops-{op}.png") for op, groups in tables.by_op(results)]
+    training = tables.training_groups(results)
+    if training:
+        drawn.append(saved(of_training(training), folder / "training.png"))
     for result in tables.convergences(results):
-        model, details = tables.convergence_subject(result)
-        figure = framed(f"Convergence of {model}", f"{details}. {tables.about(result)}.", 4.2)
-        curves(figure, panels_of_runs(result))
-        drawn.append(saved(figure, folder / f"{result.path.stem}.png"))
+        drawn.append(saved(of_convergence(result), folder / f"{result.path.stem}.png"))
     return drawn
 
 
-# What goes into which panel
-
-
-def panels_of_op(groups: Sequence[Group]) -> list[Panel]:
+def of_op(op: str, groups: Sequence[Group]) -> Figure:
     """Speed-up, share of the floor, memory: of the authors' code and of each of our kernels."""
-    ran = {name for group in groups for name, row in group.rows.items() if name in OF_OPS or not row["baseline"]}
-    names = [tables.shape_name(group.any) for group in groups]
-
-    def series(value: Callable[[Group, Row], Bar]) -> Series:
-        found: Series = {}
-        for name in (name for name in (*OF_OPS, *sorted(ran - set(OF_OPS))) if name in ran):
-            rows = [(group, tables.timed(group, name)) for group in groups]
-            missing = [tables.milliseconds(group, name).replace(tables.DASH, "not run") for group in groups]
-            of_name = [value(*pair) if pair[1] else word for pair, word in zip(rows, missing, strict=True)]  # type: ignore[arg-type]
-            found["authors, eager" if name == tables.EAGER else name] = [OF_OPS.get(name, YELLOW)] * len(names), of_name
-        return found
-
-    return [
-        Panel("speed-up over the authors' eager code", names, series(speedup), "times as fast", "{:.1f}x"),
-        Panel("share of the floor's speed", names, series(floor), "%", "{:.0f} %", 100),
-        Panel("peak memory of a call", names, series(lambda _, row: memory(row, 2**20)), "MiB", "{:,.0f}"),
+    batches = ", ".join(map(str, sorted({group.any["batch"] for group in groups})))
+    title = f"{tables.OPS.get(op, op)}, forward + backward, {groups[0].any['dtype']}, batch {batches}"
+    ran = [name for name in OPS if any(name in group.rows for group in groups)]
+    sides = {name: [tables.timed(group, name) or tables.milliseconds(group, name) for group in groups] for name in ran}
+    panels = [
+        Panel("speed-up over the authors' eager code", "times as fast", "{:.1f}x", speedup),
+        Panel("share of the floor's speed", "%", "{:.0f} %", lambda row: spread(row["percent_of_floor"], row)),
+        Panel("peak memory of a call", "MiB", "{:,.0f}", lambda row: memory(row, 2**20)),
     ]
+    return bars(title, groups[0].result, [tables.shape_name(group.any) for group in groups], sides, panels, OPS)
 
 
-def speedup(group: Group, row: Row) -> Bar:
-    base = tables.timed(group, tables.EAGER)
-    if base is None:
-        return "no baseline"
-    if base is row:
-        return 1.0, 1.0, 1.0
-    return base["median_ms"] / row["median_ms"], base["p20_ms"] / row["p80_ms"], base["p80_ms"] / row["p20_ms"]
+def of_training(groups: Sequence[Group]) -> Figure:
+    """Training, inference, memory of the training step: each side at its best setting, as in the tables."""
+    title = f"Whole models, {groups[0].any['dtype']}, batch {groups[0].any['batch_asked']}"
+    models: dict[tuple[str, int], dict[str, dict[str, Row | None]]] = {}  # -> side -> mode -> row
+    for group in groups:
+        model, size, mode = group.key
+        for side, row in zip(SIDES, tables.sides(group), strict=True):
+            models.setdefault((model, size), {}).setdefault(side, {})[mode] = row
+    sides = {side: [of_model[side] for of_model in models.values()] for side in SIDES}
 
-
-def floor(_: Group, row: Row) -> Bar:
-    share = row["percent_of_floor"] * row["median_ms"]
-    return row["percent_of_floor"], share / row["p80_ms"], share / row["p20_ms"]
-
-
-def memory(row: Row, unit: float) -> Bar:
-    return "not measured" if row["peak_bytes"] is None else (row["peak_bytes"] / unit,) * 3
-
-
-def images(row: Row) -> Bar:
-    return row["images_per_s"], row["images_per_s_p20"], row["images_per_s_p80"]
-
-
-def panels_of_model(name: str, modes: dict[str, dict[str, Row]]) -> list[Panel]:
-    """Training, inference, memory of the training step: of every contender."""
-    names = sorted(set(itertools.chain.from_iterable(modes.values())), key=lambda n: (n.startswith("ours"), n))
-
-    def panel(mode: str, title: str, value: Callable[[Row], Bar], unit: str, form: str) -> Panel:
-        rows = [modes.get(mode, {}).get(name) for name in names]
-        of_rows = ["not run" if row is None else "failed" if "error" in row else value(row) for row in rows]
-        return Panel(title, names, {"": ([color_of(name) for name in names], of_rows)}, unit, form)
-
-    return [
-        panel("train", f"{name}: training", images, "images/s", "{:,.0f}"),
-        panel("inference", "inference", images, "images/s", "{:,.0f}"),
-        panel("train", "peak memory of a training step", lambda row: memory(row, 1e9), "GB", "{:.1f}"),
+    panels = [
+        Panel("training", "images/s", "{:,.0f}", lambda rows: images(rows.get("train"))),
+        Panel("inference", "images/s", "{:,.0f}", lambda rows: images(rows.get("inference"))),
+        Panel("peak memory of a training step", "GB", "{:.1f}", lambda rows: memory(rows.get("train"), 1e9)),
     ]
+    return bars(title, groups[0].result, [f"{model} at {size}" for model, size in models], sides, panels, SIDES)
 
 
-def color_of(name: str) -> str:
-    """Grey for the authors' eager code, orange for it compiled, blue for ours."""
-    if name.startswith("ours"):
-        return BLUE
-    return GREY if name in tables.AUTHORS_EAGER else ORANGE if name.startswith("authors") else PURPLE
+def speedup(row: Row) -> Bar:
+    factor = 1.0 if row["contender"] == tables.EAGER else row["speedup"].get(tables.EAGER)
+    return "no baseline" if factor is None else spread(factor, row)
 
 
-def panels_of_runs(result: Result) -> list[tuple[str, str, list[Curve]]]:
+def spread(value: float, row: Row) -> Bar:
+    """With that of the row's time."""
+    return value, value * row["median_ms"] / row["p80_ms"], value * row["median_ms"] / row["p20_ms"]
+
+
+def memory(row: Row | None, unit: float) -> Bar:
+    bytes_ = row and row["peak_bytes"]
+    return (bytes_ / unit,) * 3 if bytes_ else "not measured"
+
+
+def images(row: Row | None) -> Bar:
+    return (row["images_per_s"], row["images_per_s_p20"], row["images_per_s_p80"]) if row else "none"
+
+
+def of_convergence(result: Result) -> Figure:
     """Smoothed loss, its distance from the first run's (the reference with seed 0), test accuracy."""
     colors = itertools.cycle((BLUE, ORANGE, GREEN, PURPLE, YELLOW))
     losses: list[Curve] = []
@@ -146,16 +115,23 @@ def panels_of_runs(result: Result) -> list[tuple[str, str, list[Curve]]]:
         losses.append((name, color, style, loss))
         apart = [(step, abs(value - first[step])) for step, value in loss if first.get(step) is not None]
         distances += [(name, color, "-", apart)] if index else []
-        accuracies.append((name, color, style, [(step, 100 * share) for step, share in row["curves"]["accuracy"]]))
+        accuracy = [(step, 100 * share) for step, share in row["curves"]["accuracy"]]
+        accuracies.append((name, color, style, accuracy))
     panels = [
         ("training loss, smoothed", "cross entropy", losses),
         ("distance from the reference, seed 0", "difference of the losses", distances),
         ("test accuracy", "% of the test images", accuracies),
     ]
-    return [panel for panel in panels if panel[2]]
-
-
-# How it is drawn
+    model, details = tables.convergence_subject(result)
+    figure = framed(f"Convergence of {model}", f"{details}. {tables.about(result)}.", 4.2)
+    drawn = [panel for panel in panels if panel[2]]
+    for axes, (title, unit, lines) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        for name, color, style, points in lines:
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            axes.plot(steps, values, color=color, linewidth=1.6, linestyle=style, label=name)
+        plain(axes, title, "both", "training step")
+        axes.set_ylabel(unit, fontsize=9)
+    return figure
 
 
 def framed(title: str, note: str, height: float) -> Figure:
@@ -166,65 +142,40 @@ def framed(title: str, note: str, height: float) -> Figure:
 
 
 def saved(figure: Figure, path: Path) -> Path:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=6, frameon=False, fontsize=9)
     with record.written(path) as partial:
         figure.savefig(partial, dpi=DPI, facecolor="white", format="png", metadata={"Software": None})
     return path
 
 
-def bars(path: Path, title: str, group: Group, rows: Sequence[Sequence[Panel]]) -> Path:
-    """Panels in a grid; those in one row share their groups, which the first one names."""
-    note = f"Bars are medians, black lines reach from p20 to p80. {tables.about(group.result)}."
-    heights = [max(len(p.groups) * (len(p.series) * BAR + 0.1) for p in row) for row in rows]
-    figure = framed(title, note, sum(heights) + 0.75 * len(rows) + 1.0)
-    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes_row, panels in zip(grid, rows, strict=True):
-        for column, (axes, panel) in enumerate(zip(axes_row, panels, strict=True)):
-            draw_bars(axes, panel, named=column == 0)
-    names = {name: colors[0] for row in rows for panel in row for name, (colors, _) in panel.series.items() if name}
-    if len(names) > 1:
-        legend(figure, [Patch(color=color, label=name) for name, color in names.items()])
-    return saved(figure, path)
+def bars(
+    title: str, result: Result, names: Sequence[str], sides: Mapping[str, Sequence[Any]], panels: Sequence[Panel],
+    colors: Mapping[str, str],
+) -> Figure:  # fmt: skip
+    """Panels beside each other; in each, below each name, a bar of every side. A side that has a word has no bar."""
+    note = f"Bars are medians, black lines reach from p20 to p80. {tables.about(result)}."
+    figure = framed(title, note, len(names) * (len(sides) * BAR + 0.1) + 1.75)
+    thick = 0.82 / len(sides)
+    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        for index, (side, there) in enumerate(sides.items()):
+            found = [each if isinstance(each, str) else panel.bar(each) for each in there]
+            values = [(0.0, 0.0, 0.0) if isinstance(bar, str) else bar for bar in found]
+            places = [place + (index - (len(sides) - 1) / 2) * thick for place in range(len(names))]
+            ends = [[value - low for value, low, _ in values], [high - value for value, _, high in values]]
+            drawn = axes.barh(
+                places, [bar[0] for bar in values], thick * 0.9, xerr=ends, color=colors[side], label=side
+            )
+            labels = [bar if isinstance(bar, str) else panel.form.format(bar[0]) for bar in found]
+            axes.bar_label(drawn, labels, padding=3, fontsize=8)
+        axes.margins(x=0.24)
+        plain(axes, panel.title, "x", panel.unit)
+    figure.axes[0].set_yticks(range(len(names)), names, fontsize=9)
+    figure.axes[0].set_ylim(len(names) - 0.45, -0.55)
+    return figure
 
 
-def legend(figure: Figure, handles: Iterable[object]) -> None:
-    figure.legend(handles=list(handles), loc="outside upper right", ncols=6, frameon=False, fontsize=9)  # type: ignore[arg-type]
-
-
-def draw_bars(axes: Axes, panel: Panel, named: bool) -> None:
-    count = len(panel.series)
-    thick = 0.82 / count
-    highest = [bar[2] for _, of_name in panel.series.values() for bar in of_name if not isinstance(bar, str)]
-    right = max([*highest, panel.mark or 0.0]) or 1.0
-    for index, (colors, of_name) in enumerate(panel.series.values()):
-        for group, (color, bar) in enumerate(zip(colors, of_name, strict=True)):
-            y = group + (index - (count - 1) / 2) * thick
-            if isinstance(bar, str):
-                axes.text(right * 0.01, y, bar, va="center", fontsize=8, color="#777777", style="italic")
-                continue
-            value, low, high = bar
-            axes.barh(y, value, thick * 0.9, color=color)
-            axes.plot([low, high], [y, y], color="black", linewidth=1.2, solid_capstyle="butt")
-            axes.text(max(value, high) + right * 0.018, y, panel.form.format(value), va="center", fontsize=8, zorder=4)
-    axes.set_xlim(0, right * 1.24)
-    axes.set_ylim(len(panel.groups) - 0.45, -0.55)
-    axes.set_yticks(range(len(panel.groups)), panel.groups if named else [""] * len(panel.groups), fontsize=9)
-    plain(axes, panel.title, panel.unit, "x")
-    if panel.mark is not None:
-        axes.axvline(panel.mark, color="#333333", linewidth=1, linestyle="--", zorder=3)
-
-
-def curves(figure: Figure, panels: Sequence[tuple[str, str, Sequence[Curve]]]) -> None:
-    """(title, name of the y axis, curves) beside each other, all over training steps."""
-    for axes, (title, unit, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, color, style, points in lines:
-            steps, values = zip(*points, strict=True) if points else ((), ())
-            axes.plot(steps, values, color=color, linewidth=1.6, linestyle=style, label=name)
-        plain(axes, title, "training step", "both")
-        axes.set_ylabel(unit, fontsize=9)
-    legend(figure, figure.axes[0].get_legend_handles_labels()[0])
-
-
-def plain(axes: Axes, title: str, unit: str, grid: str) -> None:
+def plain(axes: Axes, title: str, grid: str, unit: str) -> None:
     axes.set_title(title, fontsize=10.5, loc="left")
     axes.set_xlabel(unit, fontsize=9)
     axes.tick_params(labelsize=8.5)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+Lines = tuple[list[str], list[list[str]]]  # of a table: its header, its rows
 
 EAGER, COMPILED = "authors", "authors compiled"  # contenders of bench.ops
 OPS = {
@@ -45,6 +46,11 @@ class Result(NamedTuple):
     about: dict[str, Any]  # the whole file
 
 
+def fresh(benchmark: str, rows: list[Row]) -> Result:
+    """Rows that are in no file yet."""
+    return Result(Path(), benchmark, {}, rows, {})
+
+
 class Group(NamedTuple):
     """What is compared with each other: rows of one file that differ in the contender alone."""
 
@@ -70,7 +76,7 @@ def load(results: Path) -> tuple[dict[str, list[Result]], list[str]]:
             raise ResultError(f"{path} is no result file: {type(error).__name__}: {error}") from error
         if device != "cuda":
             refused.append(f"{path}: measured on {device}, not on a GPU")
-        elif "kind" not in content:  # a profile, of the same benchmark
+        else:
             found.setdefault(path.parent.name, []).append(result)
     return found, refused
 
@@ -118,17 +124,22 @@ def times(a: float, b: float) -> str:
     return f"{number(a / b)}x"
 
 
+def over(key: str, a: Row | None, b: Row | None) -> str:
+    """How many times b's figure a's is, where there are both."""
+    return times(a[key], b[key]) if a and b else DASH
+
+
 # Ops: median_ms, p20_ms, p80_ms of rows whose status is "timed".
 
 
 def ops_groups(results: Iterable[Result]) -> list[Group]:
-    """Forward + backward, detached, without autocast; of each op and shape the first dtype (bfloat16 where it was
+    """Forward + backward, detached; of each op and shape the first dtype (bfloat16 where it was
     timed) and the largest batch at which one of our kernels was."""
-    keys = ("op", "shape", "batch", "dtype", "mode", "autocast", "pass")
+    keys = ("op", "shape", "batch", "dtype", "mode", "pass")
     wanted = [
         group
         for group in groups(results, "ops", keys)
-        if group.key[4:] == ("detached", False, "forward+backward") and ours(group) is not None
+        if group.key[4:] == ("detached", "forward+backward") and ours(group) is not None
     ]
     best: dict[tuple[str, str], Group] = {}
     for group in wanted:
@@ -155,10 +166,12 @@ def ours(group: Group) -> Row | None:
 
 
 def shape_name(row: Row) -> str:
-    """ "S stage 1, 224" for a published shape."""
-    if not row["models"]:
+    """ "S stage 1, 224" for a published shape; B's and L's are the same."""
+    model, _, rest = row["shape"].partition("/")
+    if model not in ("S", "B"):
         return str(row["shape"])
-    return f"{'/'.join(row['models'])} stage {row['stage']}, {row['shape'].split('/')[-1]}"
+    stage, _, image = rest.partition("/")
+    return f"{'B/L' if model == 'B' else model} stage {stage}, {image}"
 
 
 def milliseconds(group: Group, contender: str) -> str:
@@ -171,7 +184,7 @@ def milliseconds(group: Group, contender: str) -> str:
     return f"{number(row['median_ms'])} [{number(row['p20_ms'])}, {number(row['p80_ms'])}]"
 
 
-def ops_table(of_op: Sequence[Group]) -> str:
+def ops_lines(of_op: Sequence[Group]) -> Lines:
     header = [
         "shape", "C x H x W", "batch", "authors, ms", "compiled, ms", "ours, ms", "kernels", "over eager",
         "over compiled", "of the floor", "memory, MiB",
@@ -187,11 +200,10 @@ def ops_table(of_op: Sequence[Group]) -> str:
         rows.append([
             shape_name(mine), f"{mine['channels']} x {mine['height']} x {mine['width']}", str(mine["batch"]),
             milliseconds(group, EAGER), milliseconds(group, COMPILED), milliseconds(group, mine["contender"]),
-            mine["contender"], times(eager["median_ms"], mine["median_ms"]) if eager else DASH,
-            times(compiled["median_ms"], mine["median_ms"]) if compiled else DASH, f"{mine['percent_of_floor']:.0f} %",
-            memory or DASH,
+            mine["contender"], over("median_ms", eager, mine), over("median_ms", compiled, mine),
+            f"{mine['percent_of_floor']:.0f} %", memory or DASH,
         ])  # fmt: skip
-    return markdown(header, rows)
+    return header, rows
 
 
 # Training: images_per_s, _p20, _p80 of rows without an "error".
@@ -208,17 +220,14 @@ def fastest(group: Group, *prefixes: str, but: Sequence[str] = ()) -> Row | None
 
 
 def sides(group: Group) -> tuple[Row | None, Row | None, Row | None]:
-    """The authors' code in eager mode, the same compiled, and ours, each at its best setting."""
+    """The authors' code in eager mode, the same compiled, and ours, each at its best setting. timm's models, there for
+    context, are compiled and nobody else's."""
     compiled = [name for name in group.rows if name not in AUTHORS_EAGER]
     return (
         fastest(group, *AUTHORS_EAGER, but=compiled),
-        fastest(group, "authors", but=AUTHORS_EAGER),
+        fastest(group, "authors", "timm", but=AUTHORS_EAGER),
         fastest(group, "ours-"),
     )
-
-
-def is_ours(group: Group) -> bool:
-    return any(not name.startswith("timm") for name in group.rows)
 
 
 def images(row: Row | None) -> str:
@@ -231,7 +240,7 @@ def images(row: Row | None) -> str:
     return f"{number(row['images_per_s'])}{f' ({notes})' if notes else ''}"
 
 
-def training_table(of_mode: Sequence[Group]) -> str:
+def training_lines(of_mode: Sequence[Group]) -> Lines:
     header = [
         "model", "size", "batch", "authors, images/s", "compiled, images/s", "ours, images/s", "over eager",
         "over compiled", "memory, GB",
@@ -246,30 +255,15 @@ def training_table(of_mode: Sequence[Group]) -> str:
                 memory += f" / {eager['peak_bytes'] / 1e9:.1f}"
         rows.append([
             group.any["model"], str(group.any["size"]), str(group.any["batch_asked"]), images(eager), images(compiled),
-            images(mine), times(mine["images_per_s"], eager["images_per_s"]) if mine and eager else DASH,
-            times(mine["images_per_s"], compiled["images_per_s"]) if mine and compiled else DASH, memory,
+            images(mine), over("images_per_s", mine, eager), over("images_per_s", mine, compiled), memory,
         ])  # fmt: skip
-    return markdown(header, rows)
-
-
-def context_table(found: Sequence[Group]) -> str:
-    """Models of timm beside stvit_small, at the sizes at which they ran; empty without one."""
-    sizes = {group.any["size"] for group in found if not is_ours(group)}
-    rows: dict[tuple[str, int], dict[str, str]] = {}
-    for group in found:
-        name, size, mode = group.key
-        if size in sizes and (not is_ours(group) or name == "stvit_small"):
-            best = fastest(group, "ours-" if is_ours(group) else "timm")
-            rows.setdefault((name, size), {})[mode] = images(best)
-    cells = [[name, str(size), *(modes.get(mode, DASH) for mode in MODES)] for (name, size), modes in rows.items()]
-    return markdown(["model", "size", "training, images/s", "inference, images/s"], cells) if sizes else ""
+    return header, rows
 
 
 # Convergence: one file, one comparison; final_accuracy and the like of rows without an "error".
 
 
-def convergence_lines(runs: Sequence[Row], target: float | None) -> tuple[list[str], list[list[str]]]:
-    """Header and lines."""
+def convergence_lines(runs: Sequence[Row], target: float | None) -> Lines:
     to_target = f"s to {target:.1%}" if target is not None else "s to the same accuracy"
     header = ["run", "steps", "loss", "accuracy", "seconds", to_target, "distance", "verdict"]
     forms = {"final_loss": ".4f", "final_accuracy": ".2%", "seconds": ".1f", "seconds_to_target": ".1f", "mean": ".5f"}
@@ -283,10 +277,6 @@ def convergence_lines(runs: Sequence[Row], target: float | None) -> tuple[list[s
     return header, lines
 
 
-def convergence_table(result: Result) -> str:
-    return markdown(*convergence_lines(result.rows, result.about["target_accuracy"]))
-
-
 def convergence_subject(result: Result) -> tuple[str, str]:
     """("stvit_small at 224", "batch 64, bfloat16, ..."): what all runs of the file have in common."""
     row = result.rows[0]
@@ -295,52 +285,3 @@ def convergence_subject(result: Result) -> tuple[str, str]:
 
 def convergences(results: Iterable[Result]) -> list[Result]:
     return [result for result in results if result.benchmark == "convergence" and result.rows]
-
-
-# Predicted: rows of bench.predict, one for each model, size, mode and side.
-
-SIDES = ("authors", "ours")
-PREDICTED = [
-    "model", "size", "run", "authors, MB", "ours, MB", "authors, kernels", "ours, kernels", "authors, us", "ours, us",
-    "ratio",
-]  # fmt: skip
-
-
-def predicted_lines(rows: Sequence[Row]) -> list[list[str]]:
-    """MB and microseconds an image, kernels a step."""
-    lines = []
-    for key, group in itertools.groupby(rows, key=lambda row: (row["model"], row["size"], row["mode"])):
-        sides = {row["side"]: row for row in group}
-        figures = [
-            (name, form, side) for name, form in (("mb", ".0f"), ("kernels", ""), ("us", ".0f")) for side in SIDES
-        ]
-        ratio = times(sides["authors"]["us"], sides["ours"]["us"])
-        cells = (format(sides[side][name], form) for name, form, side in figures)
-        lines.append([key[0], str(key[1]), MODES[key[2]].lower(), *cells, ratio])
-    return lines
-
-
-def predicted(path: Path) -> tuple[str, str] | None:
-    """The table of the file that bench.predict recorded, and what it was counted for; None where there is no file."""
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        about = f"one {content['gpu']}, batch {content['rows'][0]['batch']}, bfloat16"
-        return markdown(PREDICTED, predicted_lines(content["rows"]), left=3), about
-    except (ValueError, KeyError, IndexError) as error:
-        raise ResultError(f"{path} is no file of bench.predict: {error!r}") from error
-
-
-# The model's error: rows of bench.predict.error, one for each kernel.
-
-
-def error_table(result: Result) -> str:
-    header = ["kernel", "launches", "timed, us a step", "predicted, us a step", "timed / predicted"]
-    return markdown(header, [
-        [
-            row["kernel"], f"{row['predicted_launches']}", DASH if row["timed_us"] is None else number(row["timed_us"]),
-            number(row["predicted_us"]), DASH if row["ratio"] is None else f"{row['ratio']:.2f}",
-        ]
-        for row in result.rows
-    ])  # fmt: skip

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [summary(name, commit(folder), runs[name, 0], runs[name, 2]) for name, folder in versions.items()]
     record.write(options.out, "survival.loader", torch.device("cpu"), rows, flags=" ".join(FLAGS))
     header = [name for name in rows[0] if name not in ("images", "repeats")]
-    console.say(console.plain_table("", header, [[str(row[name]) for name in header] for row in rows], 2))
+    console.table("", header, [[str(row[name]) for name in header] for row in rows], 2)
     return 0
 
 

@@ -20,9 +20,9 @@ from torch.autograd import _get_sequence_nr  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.harness.calls import watched
+from bench.harness.categories import of_module
 from bench.traffic.fake import backward, cuda_autocast, fake_gpu, triton_launches
 from bench.traffic.per_op import Traffic, arguments, category, nbytes, traffic
-from stvit.modules import Attention, StokenAttention
 
 BLOCK = re.compile(r"layers\.\d+\.(?:blocks\.\d+|downsample)|patch_embed")
 
@@ -37,7 +37,7 @@ class Scope(NamedTuple):
 class Key(NamedTuple):
     """What traffic is added up by."""
 
-    phase: str  # forward, backward, optimiser
+    phase: str  # forward, backward
     block: str
     category: str
     op: str
@@ -67,11 +67,8 @@ class Counted(NamedTuple):
     def rows(self) -> dict[Key, Traffic]:
         return added_up(self.calls)
 
-    def total(self, optimiser: bool = False) -> Traffic:
-        """Of forward, loss and backward, or of the optimiser."""
-        return reduce(
-            Traffic.plus, (moved for key, moved in self.calls if (key.phase == "optimiser") == optimiser), Traffic()
-        )
+    def total(self) -> Traffic:
+        return reduce(Traffic.plus, (moved for _, moved in self.calls), Traffic())
 
 
 def added_up(calls: Iterable[tuple[Key, Traffic]]) -> dict[Key, Traffic]:
@@ -154,11 +151,7 @@ class Scopes:
 
     def _enter(self, name: str, module: nn.Module) -> None:
         block = BLOCK.match(name)
-        hint = self.stack[-1].hint
-        if isinstance(module, Attention):
-            hint = "attention"
-        elif isinstance(module, StokenAttention):
-            hint = None if module.stoken_size == (1, 1) else "super token ops"
+        hint = of_module(module) or self.stack[-1].hint
         self.stack.append(Scope(block.group() if block else OUTSIDE.block, hint))
         self._changed()
 
@@ -173,19 +166,13 @@ class Scopes:
 
 
 def count(
-    build: Callable[[], nn.Module],
-    batch: int,
-    size: int,
-    dtype: torch.dtype,
-    *,
-    inference: bool = False,
-    autocast: bool = False,
-    channels_last: bool = True,
-) -> Counted:
+    build: Callable[[], nn.Module], batch: int, size: int, dtype: torch.dtype, *,
+    inference: bool = False, autocast: bool = False, channels_last: bool = True,
+) -> Counted:  # fmt: skip
     """Counts one training step of the model that `build` returns, on images (batch, 3, size, size).
 
     inference=True: one forward in evaluation mode instead. autocast=False: activations and weights in `dtype`. True:
-    float32 weights under autocast to `dtype`. The optimiser is a fused AdamW on float32 weights either way.
+    float32 weights under autocast to `dtype`. A step is forward, loss and backward.
     """
     built = _on_fake_gpu(lambda: build().train(not inference), batch, size, dtype, autocast, channels_last)
     with built as (model, images, counter, scopes):
@@ -201,7 +188,6 @@ def count(
         with counter, torch.no_grad():
             counter.phase = "backward"
             backward(loss, lambda node: setattr(counter, "scope", scopes.of(node)))
-        _optimise(counter, [parameter.shape for parameter in model.parameters()])
     return Counted(counter.calls, held_bytes, batch, counter.launches)
 
 
@@ -249,14 +235,3 @@ class Saved:
         holder = Saved.Holder(tensor.detach())  # an output that kept its node alive would never die
         self.holders.add(holder)
         return holder
-
-
-def _optimise(counter: Counter, shapes: list[torch.Size]) -> None:
-    parameters = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
-    optimiser = torch.optim.AdamW(parameters, fused=True)
-    optimiser.step()  # the first makes the state
-    counter.phase, counter.scope = "optimiser", Scope("optimiser", "optimiser")
-    with counter:
-        optimiser.step()

@@ -117,12 +117,6 @@ def _sums_first(*names: str) -> Exception_:
     return exception
 
 
-def _fused_adamw(given: Arguments, outputs: list[Tensor]) -> Traffic:
-    """Gradients are written only when a scaler is given. A launch takes up to 36 parameters."""
-    unwritten = 0 if given.get("grad_scale") is not None else sum(map(nbytes, given["grads"]))
-    return Traffic(moved=-unwritten, kernels=-(-len(given["self"]) // 36))
-
-
 EXCEPTIONS: dict[str, Exception_] = {
     "aten::convolution": _convolution,
     "aten::convolution_backward": _convolution_backward,
@@ -134,13 +128,12 @@ EXCEPTIONS: dict[str, Exception_] = {
     "aten::_scaled_dot_product_flash_attention_backward": lambda given, outputs: Traffic(
         moved=nbytes(given["grad_out"]), kernels=3
     ),
-    "aten::_fused_adamw_": _fused_adamw,
 }
 
 
 def category(op: Any, given: Arguments, hint: str | None) -> str:
     """The category of a call; `hint` is that of the module it runs in, if the module has one."""
-    if hint in ("super token ops", "optimiser"):
+    if hint == "super token ops":
         return hint
     weight = given.get("weight")
     return of_op(op._schema.name, weight.shape if isinstance(weight, Tensor) else None) or hint or "pointwise"

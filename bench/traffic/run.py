@@ -6,16 +6,17 @@
     python -m bench.traffic --inference                        a forward pass, also after optimize_for_inference
     python -m bench.traffic --record                           rewrite the ceiling that the tests hold ours to
 
-A step is forward, loss and backward; the optimiser is listed apart, since it costs the same for any batch. MB are 10^6
-bytes an image, weights and their gradients included. What is counted, and the floor, is worked out in docs/traffic.md.
+A step is forward, loss and backward, without the optimiser. MB are 10^6 bytes an image, weights and their gradients
+included. What is counted, and the floor, is worked out in docs/traffic.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,26 +61,18 @@ class Subject(NamedTuple):
     rows: list[Row]
     saved: int
 
-    def step(self, **wanted: str) -> list[Row]:
-        """Rows of the step without the optimiser, whose fields are as wanted."""
-        rows = [row for row in self.rows if row.phase != "optimiser"]
-        return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
+    def total(self, field: str, **wanted: str) -> int:
+        """Of "bytes" or "kernels" over the rows whose fields are as wanted."""
+        rows = (row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items()))
+        return sum(getattr(row, field) or 0 for row in rows)
 
     def bytes(self, **wanted: str) -> int:
-        return sum(row.bytes for row in self.step(**wanted))
-
-    @property
-    def kernels(self) -> int:
-        return sum(row.kernels or 0 for row in self.step())
-
-    @property
-    def optimiser(self) -> int:
-        return sum(row.bytes for row in self.rows if row.phase == "optimiser")
+        return self.total("bytes", **wanted)
 
 
 def examine(what: str, args: argparse.Namespace) -> Subject:
     """Counts, or works out, one of SUBJECTS."""
-    options = {"drop_path_rate": args.drop_path}
+    options = {"drop_path_rate": 0.1}
     if what == "floor":
         return _floor(args)
     if what == "authors":
@@ -117,38 +110,28 @@ def _floor(args: argparse.Namespace) -> Subject:
 def show(subjects: dict[str, Subject], args: argparse.Namespace) -> None:
     """The table of --by, totals below."""
     columns = {what: subject for what, subject in subjects.items() if args.by != "op" or what != "floor"}
-    header = [args.by]
-    for what in columns:
-        header += [f"{what} MB"] if what == "floor" else [f"{what} MB", "kernels"]
+    names = dict.fromkeys(getattr(row, args.by) for subject in columns.values() for row in subject.rows)
+    largest = {name: max(subject.bytes(**{args.by: name}) for subject in columns.values()) for name in names}
+    shown = [name for name in names if largest[name] >= SMALLEST * 1e6 * args.batch]
+    if args.by != "block":
+        shown.sort(key=lambda name: -largest[name])
 
-    def line(name: str, rows: dict[str, list[Row]]) -> list[str]:
-        cells = [name]
-        for what, of_what in rows.items():
-            cells.append(_mb(sum(row.bytes for row in of_what), args))
-            cells += [] if what == "floor" else [str(sum(row.kernels or 0 for row in of_what))]
+    def line(title: str, names: Iterable[str]) -> list[str]:
+        cells = [title]
+        for what, subject in columns.items():
+            moved, kernels = (sum(subject.total(f, **{args.by: n}) for n in names) for f in ("bytes", "kernels"))
+            cells += [_mb(moved, args), "" if what == "floor" else str(kernels)]
         return cells
 
-    steps = {what: subject.step() for what, subject in columns.items()}
-    names = dict.fromkeys(getattr(row, args.by) for rows in steps.values() for row in rows)
-    groups = {
-        name: {what: [row for row in rows if getattr(row, args.by) == name] for what, rows in steps.items()}
-        for name in names
-    }
-    largest = {name: max(sum(row.bytes for row in rows) for rows in group.values()) for name, group in groups.items()}
-    shown = [name for name in names if largest[name] >= SMALLEST * 1e6 * args.batch]
-    table = [line(name, groups[name]) for name in sorted(shown, key=lambda n: args.by != "block" and -largest[n])]
-    small = {what: [row for n in names if n not in shown for row in groups[n][what]] for what in steps}
-    table += [line(f"{len(names) - len(shown)} smaller", small)] if len(shown) < len(names) else []
-    table.append(line("total", steps))
-    figures = {
-        "saved for the backward": {what: subject.saved for what, subject in columns.items()},
-        "optimiser (MB a step)": {w: args.batch * s.optimiser for w, s in columns.items() if w != "floor"},
-    }
-    for name, values in figures.items() if not args.inference else ():
-        cells = [[_mb(values[what], args) if what in values else "-", ""] for what in columns]
-        table.append(
-            [name, *(cell for what, pair in zip(columns, cells, strict=True) for cell in pair[: 1 + (what != "floor")])]
-        )
+    table = [line(name, [name]) for name in shown]
+    small = [name for name in names if name not in shown]
+    if small:
+        table.append(line(f"{len(small)} smaller", small))
+    table.append(line("total", names))
+    if not args.inference:
+        saved = ((_mb(subject.saved, args), "") for subject in columns.values())
+        table.append(["saved for the backward", *itertools.chain(*saved)])
+    header = [args.by, *itertools.chain(*((f"{what} MB", "kernels") for what in columns))]
     numbers = f"{args.dtype} {'autocast' if args.autocast else 'activations'}"
     run = "forward pass" if args.inference else "step"
     title = f"{args.model}, batch {args.batch}, {args.size} x {args.size}, {numbers}: MB an image moved by a {run}"
@@ -172,7 +155,7 @@ def ceilings(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 def write_ceiling(path: Path, args: argparse.Namespace) -> None:
     """Records what ours moves at present as the most that it may move from now on."""
     before = json.loads(path.read_text())["ceilings"] if path.exists() else {}
-    settings = {name: getattr(args, name) for name in ("model", "batch", "size", "dtype", "drop_path", "backend")}
+    settings = {name: getattr(args, name) for name in ("model", "batch", "size", "dtype", "backend")}
     found = ceilings(args)
     content = {
         "command": "python -m bench.traffic --record", "torch": torch.__version__, **settings, "ceilings": found
@@ -185,26 +168,26 @@ def write_ceiling(path: Path, args: argparse.Namespace) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = console.parser("traffic", __doc__)
-    parser.add_argument("--model", choices=sorted(CONFIGS), default="stvit_small")
-    parser.add_argument("--batch", type=console.positive, default=128, metavar="N", help="images of a step (128)")
-    parser.add_argument("--size", type=console.positive, default=224, metavar="N", help="pixels a side (224)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of activations and weights (bfloat16)")
-    parser.add_argument("--autocast", action="store_true", help="float32 weights, autocast to --dtype, as one trains")
-    parser.add_argument("--drop-path", type=console.rate, default=0.1, metavar="P", help="rate of the last block (0.1)")
-    parser.add_argument(
-        "--what", type=_subjects, metavar="LIST",
+    add = parser.add_argument
+    add("--model", choices=sorted(CONFIGS), default="stvit_small")
+    add("--batch", type=console.positive, default=128, metavar="N", help="images of a step (128)")
+    add("--size", type=console.positive, default=224, metavar="N", help="pixels a side (224)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of activations and weights (bfloat16)")
+    add("--autocast", action="store_true", help="float32 weights, autocast to --dtype, as one trains")
+    add(
+        "--what", type=console.some({name: name for name in SUBJECTS}), metavar="LIST",
         help="of " + "; ".join(f"{name}: {meaning}" for name, meaning in SUBJECTS.items())
         + " (authors,ours,floor; with --inference authors,ours,optimized)",
     )  # fmt: skip
-    parser.add_argument("--inference", action="store_true", help="a forward pass in evaluation mode, not a step")
-    parser.add_argument(
+    add("--inference", action="store_true", help="a forward pass in evaluation mode, not a step")
+    add(
         "--backend", choices=BACKENDS, default="triton",
         help="of ours (triton); it need not run here; cuda is counted as with enough images for a GPU, about 100",
     )  # fmt: skip
-    parser.add_argument("--by", choices=("category", "op", "block"), default="category", help="rows (category)")
-    parser.add_argument("--quick", action="store_true", help="stvit_tiny, batch 2, 64 x 64")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write every row to FILE as JSON")
-    parser.add_argument("--record", action="store_true", help=f"only write {CEILING.name}, from the present count")
+    add("--by", choices=("category", "op", "block"), default="category", help="rows (category)")
+    add("--quick", action="store_true", help="stvit_tiny, batch 2, 64 x 64")
+    add("--out", type=Path, metavar="FILE", help="write every row to FILE as JSON")
+    add("--record", action="store_true", help=f"only write {CEILING.name}, from the present count")
     args = parser.parse_args(arguments)
     if args.quick:
         args.model, args.batch, args.size = "stvit_tiny", 2, 64
@@ -222,14 +205,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _subjects(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in SUBJECTS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"expected some of {', '.join(SUBJECTS)}, got {', '.join(unknown)}")
-    return list(dict.fromkeys(names))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     if torch.version.cuda is None:
@@ -238,10 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_ceiling(CEILING, args)
         return 0
     subjects = {}
-    with console.progress(len(args.what)) as step:
-        for what in args.what:
-            step(what)
-            subjects[what] = examine(what, args)
+    step = console.progress(len(args.what))
+    for what in args.what:
+        step(what)
+        subjects[what] = examine(what, args)
     show(subjects, args)
     if args.out:
         settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name not in ("out", "record")}

@@ -1,10 +1,9 @@
-"""Where the time of a step goes: kernels by category and by part of the network, read from torch.profiler.
+"""Where the time of a step goes: kernels and their categories, read from torch.profiler.
 
 On a GPU the entries are device kernels; on the CPU they are PyTorch operators with the time of their own (without
-the operators they call). A kernel's category follows from the operator that launched it (bench/harness/categories.py),
-the part of the network it ran for, and its own name; its part from the module whose forward, or whose forward's
-backward, it belongs to. Compiled code and CUDA graphs run outside the modules: there
-kernels are told by name, and what the compiler fused counts as pointwise.
+the operators they call). A kernel's category follows from its own name, from the operator that launched it, and from
+the module whose forward, or whose forward's backward, it belongs to (bench/harness/categories.py). Compiled code and
+CUDA graphs run outside the modules: there kernels are told by name, and what the compiler fused counts as pointwise.
 """
 
 from __future__ import annotations
@@ -23,23 +22,9 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness.calls import watched
-from bench.harness.categories import is_convolution, of_op
+from bench.harness.categories import is_convolution, of_module, of_op
 
-SCOPE = "part: "  # begins the names of the ranges that mark parts of the network
-STOKEN_PART = "super token attention"
-
-# Names of modules, which are the checkpoints', -> part of the network; {} is the stage.
-PARTS = [
-    (r"patch_embed", "patch embedding"),
-    (r"layers\.(\d+)\.downsample", "downsampling"),
-    (r"layers\.(\d+)\.blocks\.\d+", "stage {} residuals"),  # what is left when the parts below are taken out
-    (r"layers\.(\d+)\.blocks\.\d+\.pos_embed", "stage {} position embedding"),
-    (r"layers\.(\d+)\.blocks\.\d+\.norm[12]", "stage {} norms"),
-    (r"layers\.(\d+)\.blocks\.\d+\.attn", f"stage {{}} {STOKEN_PART}"),
-    (r"layers\.(\d+)\.blocks\.\d+\.attn\.stoken_refine", "stage {} attention"),
-    (r"layers\.(\d+)\.blocks\.\d+\.mlp2", "stage {} mlp"),
-    (r"proj|norm|head", "head"),
-]
+SCOPE = "category: "  # begins the names of the ranges that mark modules with one
 
 # Kernels whose names say more than the operator around them: regular expression -> category.
 FIRST = [
@@ -63,12 +48,11 @@ LAST = [
 
 
 class Entry(NamedTuple):
-    """Time of one kernel by name, launching operator and part, per step."""
+    """Time of one kernel by name, category and launching operator, per step."""
 
     name: str
     category: str
     op: str
-    part: str
     ms: float
     calls: float
 
@@ -79,11 +63,12 @@ class Profile(NamedTuple):
     busy_ms: float
     entries: list[Entry]
 
-    def total(self, field: str) -> dict[str, float]:
-        """Milliseconds a step by "category" or "part", largest first."""
+    @property
+    def categories(self) -> dict[str, float]:
+        """Milliseconds a step by category, largest first."""
         sums: dict[str, float] = defaultdict(float)
         for entry in self.entries:
-            sums[getattr(entry, field)] += entry.ms
+            sums[entry.category] += entry.ms
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
@@ -92,7 +77,7 @@ def take(
 ) -> Profile:
     """Profiles `steps` calls of a step that has run before.
 
-    model: the one that the step runs, if its modules' parts are wanted and it isn't compiled. shapes: record the
+    model: the one that the step runs, if its modules' categories are wanted and it isn't compiled. shapes: record the
     shapes by which convolutions are told apart; costs host time, so neither matters to the busy time of a GPU.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
@@ -104,16 +89,16 @@ def take(
     return read(list(recorded.events() or ()), steps, device.type == "cuda")
 
 
-def category(kernel: str, ops: Sequence[str], weight: Sequence[int] | None, part: str) -> str:
+def category(kernel: str, ops: Sequence[str], weight: Sequence[int] | None, hint: str) -> str:
     """The category of a kernel: `ops` are its launching operator and those around it, innermost first; `weight` is the
-    shape of the weight of the convolution among them, if there is one."""
+    shape of the weight of the convolution among them, if there is one; `hint` is what its module gives, or empty."""
     if any(re.match(r"Optimizer\.step|aten::_fused_adam", op) for op in ops):
         return "optimiser"
     first = _named(kernel, FIRST)
-    if first is None and part.endswith(STOKEN_PART):
-        return "super token ops"
+    if first is None and hint == "super token ops":
+        return hint
     told = (of_op(op, weight) for op in ops)
-    return first or next(filter(None, told), None) or _named(kernel, LAST) or "other"
+    return first or next(filter(None, told), None) or hint or _named(kernel, LAST) or "other"
 
 
 def _named(kernel: str, rules: Sequence[tuple[str, str]]) -> str | None:
@@ -123,26 +108,26 @@ def _named(kernel: str, rules: Sequence[tuple[str, str]]) -> str | None:
 def read(events: Sequence[FunctionEvent], steps: int, on_gpu: bool) -> Profile:
     """The entries of recorded events, and the busy time."""
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
-    parts = _parts_by_sequence(on_host)
-    sums: dict[tuple[str, str, str, str], list[float]] = defaultdict(lambda: [0.0, 0])
+    hints = _hints_by_sequence(on_host)
+    sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0])
     host_names = {event.name for event in on_host}
-    # Ranges that mark parts are mirrored on the device under their own names; they are no kernels.
+    # Ranges that mark modules are mirrored on the device under their own names; they are no kernels.
     device_events = [e for e in events if e.device_type == DeviceType.CUDA and e.name not in host_names]
     launched: dict[str, int] = defaultdict(int)
     for event in on_host:
         found = [(k.name, k.duration) for k in event.kernels if k.name not in host_names] if on_gpu else _own(event)
         if not found:
             continue
-        ops, weight, part = _around(event, parts)
+        ops, weight, hint = _around(event, hints)
         for name, microseconds in found:
             launched[name] += 1
-            entry = sums[name, category(name, ops, weight, part), ops[0] if ops else "", part]
+            entry = sums[name, category(name, ops, weight, hint), ops[0] if ops else ""]
             entry[0] += microseconds
             entry[1] += 1
     for event in device_events:  # kernels of CUDA graphs: no operator launched them
         launched[event.name] -= 1
         if launched[event.name] < 0:
-            entry = sums[event.name, category(event.name, [], None, ""), "", ""]
+            entry = sums[event.name, category(event.name, [], None, ""), ""]
             entry[0] += event.time_range.end - event.time_range.start
             entry[1] += 1
     entries = [Entry(*key, ms / 1e3 / steps, calls / steps) for key, (ms, calls) in sums.items()]
@@ -175,75 +160,50 @@ def _chain(event: FunctionEvent) -> Iterator[FunctionEvent]:
         at = at.cpu_parent
 
 
-def _parts_by_sequence(events: Iterable[FunctionEvent]) -> dict[int, str]:
-    """Autograd numbers a forward operator and its backward alike: number -> part of the forward."""
+def _hints_by_sequence(events: Iterable[FunctionEvent]) -> dict[int, str]:
+    """Autograd numbers a forward operator and its backward alike: number -> category of the forward's module."""
     found: dict[int, str] = {}
     for event in events:
         if event.sequence_nr >= 0 and not event.name.startswith("autograd::"):
-            part = next((e.name for e in _chain(event) if e.name.startswith(SCOPE)), None)
-            if part is not None:
-                found[event.sequence_nr] = part.removeprefix(SCOPE)
+            scope = next((e.name for e in _chain(event) if e.name.startswith(SCOPE)), None)
+            if scope is not None:
+                found[event.sequence_nr] = scope.removeprefix(SCOPE)
     return found
 
 
-def _around(event: FunctionEvent, parts: dict[int, str]) -> tuple[list[str], Sequence[int] | None, str]:
-    """Operators around an event, innermost first, the weight's shape of the convolution among them, and the part."""
+def _around(event: FunctionEvent, hints: dict[int, str]) -> tuple[list[str], Sequence[int] | None, str]:
+    """Operators around an event, innermost first, the weight's shape of the convolution among them, and the
+    category of its module."""
     ops: list[str] = []
     weight: Sequence[int] | None = None
-    part = ""
+    hint = ""
     for at in _chain(event):
         if at.name.startswith(SCOPE):
-            part = part or at.name.removeprefix(SCOPE)
+            hint = hint or at.name.removeprefix(SCOPE)
             continue
         if at.name.startswith("autograd::engine"):
-            part = part or parts.get(at.sequence_nr, "")
+            hint = hint or hints.get(at.sequence_nr, "")
         if weight is None and at.name.startswith("aten::") and is_convolution(at.name):
             # (grad, input, weight, ...) or (input, weight, ...)
             shapes: list[Any] = list(at.input_shapes or [])
             weight = next(iter(shapes[2 if "backward" in at.name else 1 :]), None)
         if "::" in at.name or at.name.startswith("Optimizer"):
             ops.append(at.name)
-    return ops, weight, part
-
-
-def part_of(module: str, tiled_stages: Iterable[int]) -> str | None:
-    """The part of the network that a module's name stands for; None where its parent's part covers it.
-
-    Where tiles are one pixel, super token attention is plain attention: only `tiled_stages` (from 0) have the former.
-    """
-    for pattern, part in PARTS:
-        match = re.fullmatch(pattern, module)
-        if match:
-            stage = int(match[1]) if match.groups() else -1
-            if part.endswith(STOKEN_PART) and stage not in tiled_stages:
-                return f"stage {stage + 1} attention"
-            return part.format(stage + 1)
-    return None
+    return ops, weight, hint
 
 
 @contextmanager
 def _marked(model: nn.Module | None) -> Iterator[None]:
-    """Within the block every forward of a part of the network is a range of the profile."""
+    """Within the block every forward of a module with a category is a range of the profile."""
     ranges: list[record_function] = []
 
-    def enter(part: str, *_: Any) -> None:
-        ranges.append(record_function(SCOPE + part))
+    def enter(hint: str, *_: Any) -> None:
+        ranges.append(record_function(SCOPE + hint))
         ranges[-1].__enter__()
 
     def leave() -> None:
         ranges.pop().__exit__(None, None, None)
 
-    tiled = _tiled_stages(model) if model is not None else set()
-    parts = {module: part_of(name, tiled) for name, module in model.named_modules()} if model is not None else {}
-    with watched({module: part for module, part in parts.items() if part}, enter, leave):
+    hints = {module: of_module(module) for module in model.modules()} if model is not None else {}
+    with watched({module: hint for module, hint in hints.items() if hint}, enter, leave):
         yield
-
-
-def _tiled_stages(model: nn.Module) -> set[int]:
-    tiled = set()
-    for name, module in model.named_modules():
-        match = re.fullmatch(r"layers\.(\d+)\.blocks\.\d+\.attn", name)
-        size = getattr(module, "stoken_size", (1, 1))
-        if match and tuple(size) != (1, 1):
-            tiled.add(int(match[1]))
-    return tiled

@@ -1,4 +1,4 @@
-"""Measures one case of `bench.training`: python -m bench.training.case CASE.json ROWS.json
+"""Measures one case of `bench.training`: python -m bench.training.case CASE ROWS.json
 
 It runs in a process of its own, so that a crash, a hang or an exhausted GPU costs one case and not the run. Rows are
 written as soon as they are there. What a row holds is said in `measure`.
@@ -6,7 +6,6 @@ written as soon as they are there. What a row holds is said in `measure`.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import os
@@ -20,24 +19,10 @@ import torch
 from torch import nn
 
 import stvit
-from bench.harness import timing
-from bench.training import breakdown
+from bench.harness import record, timing
+from bench.training import breakdown, contenders
 from bench.training import gate as training_gate
-from bench.training.contenders import (
-    CONTENDERS,
-    WARM_UP,
-    Case,
-    Contender,
-    Step,
-    captured,
-    contender_model,
-    forward_of,
-    fresh_batch,
-    in_format,
-    inference_step,
-    reference_model,
-    training_step,
-)
+from bench.training.contenders import CONTENDERS, Case, Step
 
 Row = dict[str, Any]
 PROFILED_STEPS = 3
@@ -104,7 +89,7 @@ def _release(device: str) -> None:
 def measure(case: Case, mode: str, batch: int) -> Row:
     """What is known of one contender after the gate.
 
-    gate, loss, gradient_norm: see training_gate; without a pass the row ends there, with an "error".
+    gate, loss: see training_gate; without a pass the row ends there, with an "error".
     median, p20, p80: milliseconds a step, steps following each other without a pause in between, as in training; the
         spread is that of single steps. images_per_s, _p20, _p80 follow.
     peak_bytes: the most memory that tensors took in a step: weights, gradients, optimizer state, activations,
@@ -117,22 +102,15 @@ def measure(case: Case, mode: str, batch: int) -> Row:
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     shared = Path(case.shared) if case.shared else None
     torch.backends.cudnn.benchmark = False
-    right = training_gate.truth(case.model, mode, fresh_batch(batch, case.size, device), dtype, shared)
+    right = training_gate.truth(case.model, mode, contenders.fresh_batch(batch, case.size, device), dtype, shared)
     _release(case.device)
     torch.backends.cudnn.benchmark = True  # as the authors' training program has it
-    # Stochastic depth draws differently under every compiler, so the gate looks at the model without.
-    gated = prepare(dataclasses.replace(case, drop_path=0.0), mode, batch)
-    row = gate(case, mode, gated, right)
+    prepared = prepare(case, mode, batch)
+    row = gate(case, mode, prepared, right)
     if "error" in row:
         return row
-    prepared = gated
-    if case.drop_path and mode == "train":
-        del gated, prepared
-        _release(case.device)
-        prepared = prepare(case, mode, batch)
     times = back_to_back(prepared.step, device, case.seconds)
     row.update(
-        parameters=_trainable(prepared.model, CONTENDERS[case.contender]),
         **times._asdict(),
         images_per_s=batch / times.median * 1e3,
         images_per_s_p20=batch / times.p80 * 1e3,
@@ -147,38 +125,31 @@ def measure(case: Case, mode: str, batch: int) -> Row:
     return row
 
 
-def _trainable(model: nn.Module, contender: Contender) -> int:
-    """Weights that training changes, or would change before folding; the authors' model holds constants besides."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or contender.optimized)
-
-
 def prepare(case: Case, mode: str, batch: int) -> Prepared:
     """Builds the contender from the weights of all, and runs it until nothing is compiled or allocated any more."""
     contender, device, dtype = CONTENDERS[case.contender], torch.device(case.device), getattr(torch, case.dtype)
-    data = in_format(fresh_batch(batch, case.size, device), contender)
-    model = contender_model(case, reference_model(case.model).state_dict()).train(mode == "train")
+    data = contenders.in_format(contenders.fresh_batch(batch, case.size, device), contender)
+    model = contenders.contender_model(case, contenders.reference_model(case.model).state_dict()).train(mode == "train")
     if contender.optimized:
         model = stvit.optimize_for_inference(model)
     began = time.perf_counter()
-    forward = forward_of(model, contender, case.compile_backend)
-    if mode == "train":
-        step = training_step(model, forward, data, dtype, contender)
-    else:
-        step = inference_step(forward, data, dtype, contender)
-    for _ in range(WARM_UP):
+    forward = contenders.forward_of(model, contender)
+    step = contenders.step_of(model, forward, data, dtype, contender, mode)
+    for _ in range(contenders.WARM_UP):
         step()
     peak_bytes = None
     if contender.graph:
-        step = captured(step, model)
+        step = contenders.captured(step, model)
         peak_bytes = torch.cuda.max_memory_allocated()
-    _synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return Prepared(step, model, time.perf_counter() - began, peak_bytes)
 
 
 def gate(case: Case, mode: str, prepared: Prepared, right: training_gate.Truth) -> Row:
     """Runs the prepared step once more from the weights that the truth was worked out for."""
     if mode == "train":  # whose steps have changed them
-        weights = reference_model(case.model).state_dict()
+        weights = contenders.reference_model(case.model).state_dict()
         with torch.no_grad():  # in place: graphs know parameters by their address
             for name, tensor in (*prepared.model.named_parameters(), *prepared.model.named_buffers()):
                 if name in weights:
@@ -188,10 +159,6 @@ def gate(case: Case, mode: str, prepared: Prepared, right: training_gate.Truth) 
     row: Row = {"gate": verdict.as_row()}
     if mode == "train":
         row["loss"], row["loss_truth"] = float(got["loss"]), float(right.values["loss"])
-        row["gradient_norm"], row["gradient_norm_truth"] = (
-            training_gate.gradient_norm(got),
-            training_gate.gradient_norm(right.values),
-        )
     if not verdict.passed:
         row["error"] = (
             f"wrong result: {verdict.worst_name} is off by {verdict.worst:.3g} times what {case.dtype} allows"
@@ -210,9 +177,7 @@ def back_to_back(step: Step, device: torch.device, seconds: float) -> timing.Tim
         step()
         end.record()
     torch.cuda.synchronize()
-    times = torch.tensor([a.elapsed_time(b) for a, b in zip(ends, ends[1:], strict=False)], dtype=torch.float64)
-    median, p20, p80 = times.quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
-    return timing.Timing(median, p20, p80, repeats)
+    return timing.Timing.of([a.elapsed_time(b) for a, b in zip(ends, ends[1:], strict=False)])
 
 
 def peak(prepared: Prepared, case: Case) -> Row:
@@ -245,29 +210,16 @@ def profiled(prepared: Prepared, case: Case, median: float) -> Row:
     if case.profile:
         row["profile"] = {
             "busy_ms": found.busy_ms,
-            "categories": found.total("category"),
-            "parts": found.total("part"),
+            "categories": found.categories,
             "kernels": [entry._asdict() for entry in found.entries[:KERNELS_KEPT]],
         }
     return row
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def main(arguments: list[str]) -> int:
-    case_file, rows_file = map(Path, arguments)
-    fields = json.loads(case_file.read_text())
+    fields, rows_file = json.loads(arguments[0]), Path(arguments[1])
     case = Case(**{**fields, "modes": tuple(fields["modes"])})
-
-    def keep(rows: list[Row]) -> None:
-        part = rows_file.with_suffix(".part")
-        part.write_text(json.dumps(rows))
-        os.replace(part, rows_file)
-
-    run(case, keep)
+    run(case, lambda rows: record.write_json(rows_file, rows))
     return 0
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,6 @@ WARM_UP = 3  # steps before anything is captured or timed
 class Contender:
     """One way of running a model. `tier` orders: 0 runs first, what takes long to compile comes last."""
 
-    about: str
     tier: int
     family: str  # "authors", "ours" or "timm"
     channels_last: bool = True
@@ -40,29 +40,19 @@ class Contender:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "authors": Contender("the authors' formulation, eager, NCHW", 0, "authors", channels_last=False),
-    "ours-triton": Contender("ours with the Triton kernels", 0, "ours", backend="triton"),
-    "ours-graph": Contender("ours, the whole step one CUDA graph", 0, "ours", graph=True),
-    "ours-cuda": Contender("ours with the CUDA extension, the rest with Triton", 0, "ours", backend="cuda"),
-    "authors-channels-last": Contender("the authors' formulation, eager, channels_last", 0, "authors"),
-    "ours-reference": Contender("ours with the PyTorch reference", 0, "ours", backend="reference"),
-    "ours-optimized": Contender("ours after stvit.optimize_for_inference", 0, "ours", optimized=True),
-    "authors-compile": Contender(
-        "the authors' formulation under torch.compile, NCHW", 1, "authors", channels_last=False, compile_mode="default"
-    ),
-    "ours-compile": Contender("ours under torch.compile", 1, "ours", compile_mode="default"),
-    "authors-compile-channels-last": Contender(
-        "the authors' formulation under torch.compile, channels_last", 2, "authors", compile_mode="default"
-    ),
-    "timm-compile": Contender(
-        "timm's convnext_tiny and caformer_s18 under torch.compile", 2, "timm", compile_mode="default"
-    ),
-    "authors-max-autotune": Contender(
-        "the authors' formulation under torch.compile(mode='max-autotune')", 3, "authors", compile_mode="max-autotune"
-    ),
-    "ours-max-autotune": Contender(
-        "ours under torch.compile(mode='max-autotune')", 3, "ours", compile_mode="max-autotune"
-    ),
+    "authors": Contender(0, "authors", channels_last=False),
+    "ours-triton": Contender(0, "ours", backend="triton"),
+    "ours-graph": Contender(0, "ours", graph=True),
+    "ours-cuda": Contender(0, "ours", backend="cuda"),
+    "authors-channels-last": Contender(0, "authors"),
+    "ours-reference": Contender(0, "ours", backend="reference"),
+    "ours-optimized": Contender(0, "ours", optimized=True),
+    "authors-compile": Contender(1, "authors", channels_last=False, compile_mode="default"),
+    "ours-compile": Contender(1, "ours", compile_mode="default"),
+    "authors-compile-channels-last": Contender(2, "authors", compile_mode="default"),
+    "timm-compile": Contender(2, "timm", compile_mode="default"),
+    "authors-max-autotune": Contender(3, "authors", compile_mode="max-autotune"),
+    "ours-max-autotune": Contender(3, "ours", compile_mode="max-autotune"),
 }
 
 
@@ -78,8 +68,6 @@ class Case:
     dtype: str = "bfloat16"
     device: str = "cuda"
     official: str | None = None
-    drop_path: float = 0.0
-    compile_backend: str = "inductor"
     seconds: float = 3.0  # of timing, each mode
     profile: bool = False
     shared: str | None = None  # folder for the truth that cases of one model share
@@ -100,6 +88,8 @@ def why_not(name: str, device: torch.device) -> list[str]:
         reasons.append("CUDA graphs need a CUDA device")
     if contender.compile_mode == "max-autotune" and device.type != "cuda":
         reasons.append("max-autotune is timed on a CUDA device only")
+    if contender.family == "timm" and importlib.util.find_spec("timm") is None:
+        reasons.append("timm is not installed")
     if contender.backend != "auto":
         reasons += dispatch.prepare(contender.backend, device)
     if contender.backend == "triton" and dispatch.interpreting():
@@ -125,8 +115,7 @@ def reference_model(name: str) -> nn.Module:
         return STViT(**{**CONFIGS[name], "backend": "reference", "init_values": 0.5, "num_classes": CLASSES})
     import timm
 
-    model = timm.create_model(name, num_classes=CLASSES)
-    assert isinstance(model, nn.Module)
+    model: nn.Module = timm.create_model(name, num_classes=CLASSES)
     for key, parameter in model.named_parameters():
         if key.endswith("gamma"):
             nn.init.constant_(parameter, 0.5)
@@ -147,21 +136,17 @@ def contender_model(case: Case, weights: dict[str, Tensor]) -> nn.Module:
 
 def _fresh_model(case: Case, contender: Contender) -> nn.Module:
     if contender.family == "ours":
-        options: dict[str, Any] = {"backend": contender.backend, "drop_path_rate": case.drop_path}
-        return STViT(**{**CONFIGS[case.model], **options, "num_classes": CLASSES})
+        return STViT(**{**CONFIGS[case.model], "backend": contender.backend, "num_classes": CLASSES})
     if contender.family == "timm":
         import timm
 
-        model = timm.create_model(case.model, num_classes=CLASSES, drop_path_rate=case.drop_path)
-        assert isinstance(model, nn.Module)
+        model: nn.Module = timm.create_model(case.model, num_classes=CLASSES)
         return model
     if case.official:
-        return official.build(official.load(case.official), case.model, case.drop_path)
+        return official.build(official.load(case.official), case.model)
     from bench.baselines.model import authors_model
 
-    model = authors_model(case.model, drop_path_rate=case.drop_path)
-    assert isinstance(model, nn.Module)
-    return model
+    return authors_model(case.model)
 
 
 def _memory_format(contender: Contender) -> torch.memory_format:
@@ -173,54 +158,39 @@ def in_format(batch: Batch, contender: Contender) -> Batch:
     return batch._replace(images=batch.images.contiguous(memory_format=_memory_format(contender)))
 
 
-def forward_of(model: nn.Module, contender: Contender, compile_backend: str) -> Callable[[Tensor], Tensor]:
+def forward_of(model: nn.Module, contender: Contender) -> Callable[[Tensor], Tensor]:
     """The model as it is called: itself, or compiled."""
     if contender.compile_mode is None:
         return model
-    if compile_backend != "inductor":  # no modes there
-        return torch.compile(model, backend=compile_backend)  # type: ignore[no-any-return]
     return torch.compile(model, mode=contender.compile_mode)  # type: ignore[no-any-return]
 
 
-def modes_of(contender: Contender, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the modes "train" and "inference" wanted that the contender takes part in."""
-    return tuple(mode for mode in wanted if mode == "inference" or not contender.optimized)
-
-
-def training_step(
-    model: nn.Module, forward: Callable[[Tensor], Tensor], batch: Batch, dtype: torch.dtype, contender: Contender
-) -> Step:
-    """One training step of `batch`: forward and loss under autocast, backward, fused AdamW. Returns the loss.
+def step_of(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], batch: Batch, dtype: torch.dtype, contender: Contender,
+    mode: str,
+) -> Step:  # fmt: skip
+    """One step of `batch` under autocast. Training: forward and loss, backward, fused AdamW; returns the loss.
+    Inference: a forward pass without gradients; returns the logits.
 
     Gradients stay in the parameters until the next step begins. The loss is not scaled, in float16 neither.
     """
-    device, mark = batch.images.device, contender.compile_mode == "max-autotune"
+    device, training = batch.images.device, mode == "train"
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-6, weight_decay=0.05, fused=True, capturable=contender.graph
     )
 
     def step() -> Tensor:
-        if mark:
+        if contender.compile_mode == "max-autotune":
             torch.compiler.cudagraph_mark_step_begin()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(forward(batch.images), batch.labels)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
-
-
-def inference_step(forward: Callable[[Tensor], Tensor], batch: Batch, dtype: torch.dtype, contender: Contender) -> Step:
-    """One forward pass of `batch` under autocast, without gradients. Returns the logits."""
-    device, mark = batch.images.device, contender.compile_mode == "max-autotune"
-
-    def step() -> Tensor:
-        if mark:
-            torch.compiler.cudagraph_mark_step_begin()
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return forward(batch.images)
+        if training:
+            optimizer.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(training), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            result = forward(batch.images)
+            result = F.cross_entropy(result, batch.labels) if training else result
+        if training:
+            result.backward()
+            optimizer.step()
+        return result.detach()
 
     return step
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.harness import record
 from bench.harness.gate import Named, Verdict, distances, judge
-from bench.training.contenders import Batch, reference_model
+from bench.training.contenders import CONTENDERS, Batch, reference_model, step_of
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
@@ -47,44 +47,29 @@ def truth(model_name: str, mode: str, batch: Batch, dtype: torch.dtype, shared: 
     path = shared / name if shared else None
     if path and path.exists():
         return Truth(**torch.load(path, weights_only=True), dtype=dtype)
-    model = reference_model(model_name).train(mode == "train")
-    if mode == "train":
-        model.set_grad_checkpointing()  # type: ignore[operator]  # the exact run is wide; time doesn't matter
     exact = torch.float64 if dtype == torch.float32 else torch.float32
-    values = _run(model.to(images.device, exact), mode, batch, torch.float32)
-    model.zero_grad()
-    found = Truth(values, distances(_run(model.to(torch.float32), mode, batch, dtype), values, 2), dtype)
+    values = _run(model_name, mode, batch, exact, torch.float32)
+    found = Truth(values, distances(_run(model_name, mode, batch, torch.float32, dtype), values, 2), dtype)
     if path:
-        part = path.with_suffix(".part")  # a case that is stopped half way leaves nothing that looks whole
-        torch.save({"values": found.values, "errors": found.errors}, part)
-        part.rename(path)
+        with record.written(path) as part:  # a case that is stopped half way leaves nothing that looks whole
+            torch.save({"values": found.values, "errors": found.errors}, part)
     return found
 
 
-def _run(model: nn.Module, mode: str, batch: Batch, autocast: torch.dtype) -> dict[str, Tensor]:
-    device, dtype = batch.images.device, next(model.parameters()).dtype
-    with (
-        torch.autocast(device.type, autocast, enabled=autocast != torch.float32),
-        torch.set_grad_enabled(mode == "train"),
-    ):
-        result = model(batch.images.to(dtype))
-        if mode == "train":
-            result = F.cross_entropy(result, batch.labels)
+def _run(name: str, mode: str, batch: Batch, dtype: torch.dtype, autocast: torch.dtype) -> dict[str, Tensor]:
+    model = reference_model(name).to(batch.images.device, dtype).train(mode == "train")
     if mode == "train":
-        result.backward()
-    return outcome(mode, result, model)
+        model.set_grad_checkpointing()  # type: ignore[operator]  # the exact run is wide; time doesn't matter
+    images = batch.images.to(dtype)
+    step = step_of(model, model, batch._replace(images=images), autocast, CONTENDERS["ours-reference"], mode)
+    return outcome(mode, step(), model)
 
 
 def check(got: Named, right: Truth) -> Verdict:
     """Holds a contender's outcome against the truth."""
-    noise = gradient_norm(right.values) / 50
+    noise = math.hypot(*(float(value.norm()) for name, value in right.values.items() if name.startswith("d "))) / 50
     slack = {
         name: TOLERANCE[right.dtype] * (float(value.norm()) + (noise if name.startswith("d ") else 0.0))
         for name, value in right.values.items()
     }
     return judge(distances(got, right.values, 2), right.errors, slack)
-
-
-def gradient_norm(values: Named) -> float:
-    """Euclidean norm of all gradients together; 0 without."""
-    return math.hypot(*(float(value.norm()) for name, value in values.items() if name.startswith("d ")))

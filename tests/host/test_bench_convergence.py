@@ -79,10 +79,12 @@ def test_no_verdict_without_a_yardstick_or_a_contender():
 def test_distance_is_that_of_smoothed_losses_as_far_as_both_go():
     noise = torch.tensor([1.0, -1.0] * 100)
     a, b = run("a", 0, noise.tolist()), run("b", 0, (-noise + 0.25).tolist())
-    assert convergence.distance(a, b) == pytest.approx((0.25, 0.25))  # the window of 10 steps averages the noise away
-    assert convergence.distance(a, a) == (0, 0)
+    assert convergence.distance(a, b) == pytest.approx(
+        {"mean": 0.25, "largest": 0.25}
+    )  # the window of 10 steps averages the noise away
+    assert convergence.distance(a, a) == {"mean": 0, "largest": 0}
     longer = run("longer", 0, [*a.losses, 99.0])
-    assert convergence.distance(a, longer) == (0, 0)
+    assert convergence.distance(a, longer) == {"mean": 0, "largest": 0}
 
 
 def test_time_to_the_same_accuracy():

@@ -7,9 +7,8 @@ import torch
 
 from bench.machine import report as machine
 from bench.machine.gpus import GPUS
-from bench.predict import error
+from bench.predict import error, tables
 from bench.predict import run as predict
-from bench.report import tables
 
 needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="counts the ops of a CUDA build of PyTorch")
 H100 = GPUS["H100"]
@@ -63,7 +62,7 @@ def test_lines_stand_side_by_side():
         {"model": "stvit_small", "size": 224, "mode": "train", "side": side, "mb": mb, "kernels": kernels, "us": us}
         for side, mb, kernels, us in (("authors", 800.4, 1600, 300.0), ("ours", 400.0, 1200, 150.0))
     ]
-    (line,) = tables.predicted_lines(rows)
+    (line,) = tables.predicted_lines(rows)[1]
     assert line == [
         "stvit_small", "224", "training step", "800", "400", "1600", "1200", "300", "150", "2.00x",
     ]  # fmt: skip
@@ -76,9 +75,9 @@ def test_timed_kernels_beside_predicted_ones(tmp_path, capsys):
         {"name": "walking", "ms": 9.0, "calls": 1.0},
     ]
     profiles = [
-        {"contender": "ours-triton", "mode": "train", "kernels": entries},
-        {"contender": "ours-triton", "mode": "inference", "kernels": entries},
-        {"contender": "authors", "mode": "train", "kernels": entries},
+        {"contender": "ours-triton", "mode": "train", "profile": {"kernels": entries}},
+        {"contender": "ours-triton", "mode": "inference", "profile": {"kernels": entries}},
+        {"contender": "authors", "mode": "train", "error": "out of memory"},
     ]
     costs = [
         {"kernel": "walk_kernel", "launches": 3, "limits": {"issue": 1e-4, "DRAM": 5e-5}},

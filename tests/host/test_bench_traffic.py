@@ -292,19 +292,16 @@ def test_ours_moves_nearly_the_same_an_image_whatever_the_batch():
 def test_every_row_has_a_known_category_and_every_block_is_counted():
     rows = step("ours", lambda: stvit.stvit_tiny(backend="triton", drop_path_rate=0.1), 2).rows
     assert {key.category for key in rows} <= set(CATEGORIES)
-    assert {key.phase for key in rows} == {"forward", "backward", "optimiser"}
+    assert {key.phase for key in rows} == {"forward", "backward"}
     for phase in ("forward", "backward"):
         blocks = {key.block for key in rows if key.phase == phase}
         assert blocks == {line.block for line in floor("stvit_tiny", 64)}
-    adam = sum(moved.moved for key, moved in rows.items() if key.phase == "optimiser")
-    weights = sum(p.numel() for p in stvit.stvit_tiny().parameters())
-    assert adam == pytest.approx(7 * 4 * weights, rel=0.001)  # reads p, g, m, v; writes p, m, v
 
 
 @needs_cuda_build
 def test_ours_stays_below_the_recorded_ceiling():
     recorded = json.loads(traffic.CEILING.read_text())
-    settings = ("model", "batch", "size", "dtype", "drop_path", "backend")
+    settings = ("model", "batch", "size", "dtype", "backend")
     args = traffic.parse([f"--{name.replace('_', '-')}={recorded[name]}" for name in settings])
     assert (args.model, args.size) == ("stvit_small", 224)
     ours = traffic.ceilings(args)
@@ -414,12 +411,11 @@ def test_record_writes_the_ceiling(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--what", "nobody"], "expected some of authors, reference, ours, optimized, floor"),
+        (["--what", "nobody"], "expected some of authors, reference, ours, optimized, floor; got 'nobody'"),
         (["--batch", "0"], "--batch"),
         (["--size", "big"], "--size: expected a whole number, at least 1, got 'big'"),
         (["--dtype", "float32", "--autocast"], "16-bit"),
         (["--dtype", "float32", "--backend", "cuda"], "cuda is counted in 16 bits"),
-        (["--drop-path", "1"], "--drop-path"),
         (["--inference", "--what", "floor"], "those of a training step"),
         (["--what", "optimized"], "expected --inference"),
         (["--batch", "1", "--size", "32"], "more than one pixel"),

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_check import first, sanitizer_cases
+from bench.gpu_check import first, sanitizer
 from bench.gpu_check import run as gpu_check
 from bench.gpu_check import stage as stages
-from bench.gpu_check.run import Stage, pytest_counts, sanitizer_counts
+from bench.gpu_check.counts import pytest_counts, sanitizer_counts
+from bench.gpu_check.stage import Stage, Step
 from bench.report import run as plot
-from stvit.backends import explain, extension, registry
+from stvit.backends import explain
 from tests.support import emulated
+from tests.support.small_cases import Case, walk_cases
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -30,7 +32,7 @@ def no_driver_asked(monkeypatch):
     monkeypatch.setattr(stages.record, "environment", lambda device: {"device": device.type, "name": "a stand-in"})
 
 
-CLEAN = "========= COMPUTE-SANITIZER\nok     a case\ncases: 3 ran, 0 failed, backends: triton\n"
+CLEAN = "========= COMPUTE-SANITIZER\n...\n3 passed in 2.11s\n"
 CLEAN_RACES = CLEAN + "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
 CLEAN_MEMORY = CLEAN + "========= ERROR SUMMARY: 0 errors\n"
 WRONG_MEMORY = """\
@@ -39,13 +41,13 @@ WRONG_MEMORY = """\
 =========     at walk_kernel+0x1a0 in pixels_to_tokens.py:61
 =========     by thread (1,0,0) in block (0,0,0)
 =========     Access at 0x7f31c2000c04 is out of bounds
-cases: 3 ran, 0 failed, backends: triton
+3 passed in 2.11s
 ========= ERROR SUMMARY: 32 errors
 """
 RACES = """\
 ========= Error: Race reported between Write access at fold_kernel(float *)+0xd0
 =========     and Read access at fold_kernel(float *)+0xe0 [4 hazards]
-cases: 3 ran, 0 failed, backends: triton
+3 passed in 2.11s
 ========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)
 """
 
@@ -75,13 +77,13 @@ def test_counts_of_pytest(output, counts):
         (RACES, {"status": "failed", "errors": 1, "warnings": 1, "note": "in fold_kernel"}),
         (CLEAN, {"status": "failed", "note": "no summary by compute-sanitizer"}),
         (
-            CLEAN_MEMORY.replace("cases:", "Segmentation fault"),
+            CLEAN_MEMORY.replace("3 passed", "Segmentation fault"),
             {"status": "failed", "errors": 0, "note": "the cases did not all run"},
         ),
     ],
 )
 def test_counts_of_compute_sanitizer(output, counts):
-    assert sanitizer_counts(output, "cases: ") == counts
+    assert sanitizer_counts(output, sanitizer.WHOLE) == counts
 
 
 def is_running(process: int) -> bool:
@@ -130,11 +132,6 @@ def test_a_step_is_asked_to_stop_first(tmp_path, monkeypatch):
     assert row["status"] == "timed out" and row["exit"] == 0 and "kept" in row["tail"]
 
 
-def test_a_step_that_cannot_start(tmp_path):
-    row = Stage("ops", tmp_path, CPU).step("absent", [str(tmp_path / "absent")])
-    assert row["status"] == "failed" and row["exit"] == 127 and "No such file" in row["tail"]
-
-
 def executable(path: Path, body: str) -> str:
     path.write_text(f"#!/bin/sh\n{body}")
     path.chmod(0o755)
@@ -152,25 +149,26 @@ def executable(path: Path, body: str) -> str:
 )
 def test_the_sanitizer_stage(tmp_path, monkeypatch, tools, failed):
     """With stand-ins for compute-sanitizer and for the program that it runs."""
-    python = executable(tmp_path / "python", 'echo "cases: 3 ran, 0 failed, backends: cuda, triton"\n')
+    python = executable(tmp_path / "python", 'echo "3 passed in 2.11s"\n')
     executable(
         tmp_path / "compute-sanitizer",
         f"""tool=$2
 case "$*" in
-  *--plant\\ triton) found="{tools.get("triton", "1 error")}";;
-  *--plant\\ cuda) found="{tools.get("cuda", "1 error")}";;
+  *plant\\ triton) found="{tools.get("triton", "1 error")}";;
+  *plant\\ cuda) found="{tools.get("cuda", "1 error")}";;
   *) found="0 errors";;
 esac
 [ $tool = initcheck ] && found="{tools.get("initcheck", "0 errors")}"
-echo "cases: 3 ran, 0 failed, backends: triton"
+echo "3 passed in 2.11s"
 if [ $tool = racecheck ]; then echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
 else echo "========= ERROR SUMMARY: $found"; fi
 """,
     )
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(gpu_check.sys, "executable", python)
+    monkeypatch.setattr(sanitizer, "CASES", [python])
+    monkeypatch.setattr(sanitizer.dispatch, "prepare", lambda *_: [])
     stage = Stage("sanitizer", tmp_path / "out", GPU)
-    gpu_check.sanitizer(stage)
+    sanitizer.sanitizer(stage)
     steps = ["cases", "planted-cuda", "planted-triton", "memcheck", "racecheck", "initcheck"]
     assert [row["step"] for row in stage.rows] == steps
     assert [row["step"] for row in stage.rows if row["status"] != "passed"] == failed
@@ -178,31 +176,24 @@ else echo "========= ERROR SUMMARY: $found"; fi
 
 
 def test_the_sanitizer_stage_without_compute_sanitizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: None)
-    monkeypatch.setattr(gpu_check.sys, "executable", executable(tmp_path / "python", 'echo "cases: 3 ran, 0 failed"\n'))
+    monkeypatch.setattr(sanitizer, "find", lambda: None)
+    monkeypatch.setattr(sanitizer, "CASES", [executable(tmp_path / "python", 'echo "3 passed in 2.11s"\n')])
     stage = Stage("sanitizer", tmp_path, GPU)
-    gpu_check.sanitizer(stage)
-    assert stage.status == "failed" and "not found" in stage.rows[-1]["note"]
+    sanitizer.sanitizer(stage)
+    assert stage.status == "failed" and "not on the PATH" in stage.rows[-1]["note"]
 
 
-def reached(backend: str, device: torch.device) -> set[str]:
-    """The ops of stvit that the smallest cases of each family reach."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-        for family in sanitizer_cases.FAMILIES.values():
-            for case in family.cases:
-                if case.name == "tiny" and backend in family.backends:
-                    sanitizer_cases.run(family, case, device, backend)
-    return {event.key for event in profile.key_averages() if event.key.startswith("stvit::")}
+def test_a_backend_that_can_not_run_has_no_planted_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitizer, "find", lambda: executable(tmp_path / "tool", 'echo "= ERROR SUMMARY: 1 error"\n'))
+    monkeypatch.setattr(sanitizer, "CASES", [executable(tmp_path / "python", 'echo "3 passed in 2.11s"\n')])
+    monkeypatch.setattr(sanitizer.dispatch, "prepare", lambda name, _: ["no GPU"] if name == "cuda" else [])
+    stage = Stage("sanitizer", tmp_path, GPU)
+    sanitizer.sanitizer(stage)
+    rows = {row["step"]: row for row in stage.rows}
+    assert rows["planted-cuda"]["note"] == "no GPU" and rows["planted-triton"]["status"] == "passed"
 
 
-def test_the_sanitizer_sees_every_op(backend, device):
-    every = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("stvit::")}
-    if backend == "cuda":
-        every = {f"stvit::{name}" for name in registry.SUPER_TOKEN_OPS}
-    assert len(every) >= 6 and reached(backend, torch.device(device)) == every
-
-
-def planned(case: sanitizer_cases.Case, gpu: explain.Gpu) -> str:
+def planned(case: Case, gpu: explain.Gpu) -> str:
     """How csrc/plan.cpp carries out the sampling of a case."""
     shape = explain.Shape(*case.shape, *case.settings["stoken_size"])
     limits = gpu.multiprocessors, gpu.shared_bytes
@@ -215,43 +206,24 @@ def planned(case: sanitizer_cases.Case, gpu: explain.Gpu) -> str:
 @pytest.mark.parametrize("name", ["a100", "rtx4090", "h100", "h200", "b200"])
 def test_the_walk_cases_are_planned_as_they_say(name):
     found: dict[str, set[str]] = {}
-    for case in sanitizer_cases.walk_cases():
+    for case in walk_cases():
         found.setdefault(case.name, set()).add(planned(case, explain.GPUS[name]))
     assert (found["whole"], found["regions"], found["passes"]) == ({"one region"}, {"regions"}, {"two passes"})
     assert "general" in found["channels"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="bench.gpu_check.sanitizer_cases runs them on the GPU")
-@pytest.mark.parametrize("name", ["attention", "walks"])
-def test_the_cases_of_the_extension_pass(name, monkeypatch):
-    """Emulated: batches that fill a GPU are smaller here, and so is the GPU."""
-    monkeypatch.setattr(extension, "_state", extension._state)  # undoes use()
-    extension.use(emulated.extension())
-    family = sanitizer_cases.FAMILIES[name]
-    for case in family.cases:
-        few = case._replace(shape=(case.shape[0] // 48 or case.shape[0], *case.shape[1:]))
-        with emulated.device().limits(multiprocessors=132 if few == case else 3):
-            sanitizer_cases.run(family, few, CPU, "cuda")
 
 
 def test_the_fault_planted_in_the_extension_is_one(run_python):
     code = """
 import torch
 from tests.support import emulated
-from bench.gpu_check import sanitizer_cases
+from tests.support.plant import plant
 from stvit.backends import extension
 extension.use(emulated.extension())
-sanitizer_cases.plant("cuda", torch.device("cpu"))
+plant("cuda", torch.device("cpu"))
 """
     environment = {**emulated.sanitizer_environment(), "PYTHONPATH": "."}
     child = run_python("-c", code, env=environment, check=False)
     assert child.returncode and "ERROR: AddressSanitizer: heap-" in child.stderr and "sum_kernel" in child.stderr
-
-
-def test_backends_that_can_not_run_are_named(capsys, monkeypatch):
-    monkeypatch.setattr(sanitizer_cases.dispatch, "prepare", lambda name, *_: ["no GPU"] if name == "cuda" else [])
-    assert sanitizer_cases.able(CPU) == ["triton"]
-    assert capsys.readouterr().out == "left out: cuda: no GPU\n"
 
 
 @pytest.mark.parametrize(
@@ -277,7 +249,7 @@ def test_the_extension_is_built_before_a_stage(tmp_path, monkeypatch, missing, r
 
 
 def test_what_is_left_out_on_a_gpu_exists():
-    for name in ("host", *gpu_check.NEEDS):
+    for name in ("host", *gpu_check.PICTURES):
         assert (ROOT / "tests" / name).exists(), name
 
 
@@ -318,7 +290,8 @@ def test_no_part_of_the_first_stages_stops_the_rest(tmp_path, monkeypatch, name)
     """Numbers hang, models fail; every part ends within its time and the file tells of each."""
     assert sum(first.SECONDS.values()) <= first.LIMIT - stages.GRACE
     body = 'case "$*" in *--gate*) sleep 60;; *bench.training*) exit 1;; esac\n'
-    monkeypatch.setattr(gpu_check.sys, "executable", executable(tmp_path / "python", body))
+    python = executable(tmp_path / "python", body)
+    monkeypatch.setattr(gpu_check.sys, "executable", python)
     monkeypatch.setattr(first, "SECONDS", {**first.SECONDS, "numbers": 0.5})
     monkeypatch.setattr(stages, "GRACE", 1.0)
     stage = Stage(name, tmp_path / "out", CPU)
@@ -334,17 +307,15 @@ def test_no_part_of_the_first_stages_stops_the_rest(tmp_path, monkeypatch, name)
         ("extension", "skipped"),
         ("costs", "passed"),
         ("kernels", "passed"),
-        *([("memcheck", "passed"), ("racecheck", "skipped")] if name == "first" else []),
+        *([("memcheck", "skipped"), ("racecheck", "skipped")] if name == "first" else []),
     ]
 
 
 def test_a_background_step_ends_with_its_stage(tmp_path):
     stage = Stage("first", tmp_path, CPU)
-    background = stages.Background(
-        stage, "build", [sys.executable, "-c", "import time; print('begun'); time.sleep(600)"]
-    )
+    background = Step(stage, "build", [sys.executable, "-c", "import time; print('begun'); time.sleep(600)"])
     row = background.end(0.2)
-    assert row["status"] == "timed out" and background.child.poll() is not None
+    assert row["status"] == "timed out" and background.child.code is not None
 
 
 def test_wrong_command_lines(run_python, tmp_path):
@@ -395,7 +366,7 @@ def test_stages_on_the_cpu(run_python, tmp_path, name, flags):
     if name == "tests":
         assert rows["pytest"]["passed"] > 0
     elif name == "sanitizer":
-        assert rows["cases"]["cases"] > 0 and rows["memcheck"]["status"] == "skipped"
+        assert rows["cases"]["passed"] > 0 and rows["memcheck"]["status"] == "skipped"
     else:
         result = json.loads((tmp_path / "cpu" / f"{name}.json").read_text())
         assert rows["bench"]["rows"] == len(result["rows"]) > 0

@@ -1,37 +1,18 @@
-"""The program that `make gpu-check STAGE=sanitizer` runs under compute-sanitizer: every kernel, on small shapes.
+"""Every kernel on small shapes, forward and backward: what compute-sanitizer watches (tests/kernels/test_sanitized.py).
 
-Each case runs forward and backward on a backend with kernels of its own and holds the results to the float64 reference
-loosely, so that a run in which the kernels did nothing is not called clean. Inputs are made on the CPU: hardly any
-kernel but ours is instrumented. Without the sanitizer it takes seconds. `--device cpu` needs TRITON_INTERPRET=1.
-
-    python -m bench.gpu_check.sanitizer_cases
-    python -m bench.gpu_check.sanitizer_cases --only blocked
-    python -m bench.gpu_check.sanitizer_cases --only "cuda walks"
-    python -m bench.gpu_check.sanitizer_cases --plant cuda    # a fault: a sanitizer that misses it is of no use
+Inputs and truth are made on the CPU: hardly any kernel but ours is instrumented.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
-import os
-import sys
-import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
-# Before torch takes memory: with its caching allocator a write past a tensor lands in memory that is still valid.
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
-
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 import stvit
 from stvit import functional
-from stvit.backends import dispatch, registry
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TOLERANCE = {HALF: 2e-2, BRAIN: 1e-1, SINGLE: 1e-4, DOUBLE: 1e-9}  # of the largest value
@@ -163,8 +144,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def run(family: Family, case: Case, device: torch.device, backend: str) -> None:
-    """Raises AssertionError where the backend's results are not roughly those of the reference in float64."""
+def run(family: Family, case: Case, device: str, backend: str) -> None:
+    """Holds the backend's results to the reference in float64, loosely: a run in which the kernels did nothing is not
+    to be called clean."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -185,97 +167,3 @@ def run(family: Family, case: Case, device: torch.device, backend: str) -> None:
         error = float((ours.cpu().double() - theirs).abs().max() / theirs.abs().max())
         what = f"gradient {place}" if place else "output"
         assert error <= TOLERANCE[case.dtype], f"the {what} is off by {error:.1e} of its largest value"
-
-
-@triton.jit
-def planted_kernel(target, offset, LENGTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    tl.store(target + offset + tl.arange(0, LENGTH), 1.0)
-
-
-def plant(backend: str, device: torch.device) -> None:
-    """triton: one write 3 KiB past the end of a tensor of 1 KiB. cuda: memory of 64 pixels, read for 4096."""
-    if backend == "triton":
-        planted_kernel[(1,)](torch.zeros(256, device=device), 1024, LENGTH=32)
-    else:
-        weights = torch.zeros(1, 64, 64, 9, device=device).permute(0, 3, 1, 2)
-        pixels = torch.zeros(1, 8, 64, 64, device=device)
-        pixels.untyped_storage().resize_(8 * 64 * 4)  # behind the tensor's back
-        registry.kernels("cuda", "upsampling").upsampling_backward(pixels, weights, 8, 8, False)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def able(device: torch.device) -> list[str]:
-    """The backends that can run; of the others the reasons are told. Builds the extension."""
-    found = []
-    for name in dispatch.BACKENDS:
-        reasons = dispatch.prepare(name, device)
-        if reasons:
-            print(f"left out: {name}: {'; '.join(reasons)}", flush=True)
-        elif name != "reference":
-            found.append(name)
-    return found
-
-
-def run_part(device: torch.device, backends: Sequence[str], word: str, part: int, parts: int) -> list[bool]:
-    """Whether each case passed, of every parts-th case from `part` on whose line holds `word`."""
-    every = [
-        (backend, name, case)
-        for backend in backends
-        for name, family in FAMILIES.items()
-        if backend in family.backends
-        for case in family.cases
-    ]
-    passed = []
-    for backend, name, case in every[part::parts]:
-        line = f"{backend} {name} {case}"
-        garbage = backend == "triton" and case.dtype == BRAIN and device.type == "cpu"  # the interpreter's bfloat16
-        if garbage or word not in line:
-            continue
-        try:
-            run(FAMILIES[name], case, device, backend)
-            print(f"ok     {line}", flush=True)
-            passed.append(True)
-        except Exception as error:
-            traceback.print_exc()
-            print(f"FAILED {line}: {error}", flush=True)
-            passed.append(False)
-    return passed
-
-
-def run_all(device: torch.device, word: str, processes: int) -> int:
-    backends = able(device)
-    if processes == 1:
-        passed = run_part(device, backends, word, 0, 1)
-    else:
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            parts = [pool.submit(run_part, device, backends, word, part, processes) for part in range(processes)]
-            passed = [case for part in parts for case in part.result()]
-    print(f"cases: {len(passed)} ran, {passed.count(False)} failed, backends: {', '.join(backends) or 'none'}")
-    return 1 if False in passed else 0 if passed else 2
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all cases ran and agree; 1: some did not; 2: nothing to run here."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_check.sanitizer_cases",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--only", default="", metavar="WORD", help="the cases whose line holds this word")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="side by side, which compiles sooner")
-    parser.add_argument("--plant", choices=("triton", "cuda"), help="a fault in its kernel instead of the cases")
-    options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("error: no CUDA device; --device cpu with TRITON_INTERPRET=1 runs the cases in Triton's interpreter")
-        return 2
-    if options.plant:
-        plant(options.plant, device)
-        return 0
-    return run_all(device, options.only, max(1, options.processes))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
