@@ -247,3 +247,38 @@ def test_a_script_finds_the_models(run_python: RunPython, tmp_path: Path) -> Non
 def test_registering_twice_is_harmless() -> None:
     timm_models.register()
     assert timm.list_models("stvit*") == NAMES
+
+
+def test_an_encoder_as_segmentation_models_pytorch_makes_it() -> None:
+    """What its TimmUniversalEncoder asks timm for "tu-stvit_tiny": reductions on meta, then stages from stride 4 on."""
+    with torch.device("meta"):
+        looked_at = timm.create_model("stvit_tiny", features_only=True)
+    assert getattr(looked_at, "output_fmt", None) != "NHWC"
+    reductions = looked_at.feature_info.reduction()
+    assert reductions == [2 ** (i + 2) for i in range(len(reductions))]
+    depth = 5  # of its decoders: strides 2 to 32, of which it makes the first up itself
+    options = {"in_chans": 4, "features_only": True, "pretrained": False, "out_indices": tuple(range(depth - 1))}
+    encoder = timm.create_model("stvit_tiny", **options)
+    maps = encoder(torch.randn(2, 4, 64, 96))
+    assert [map.shape[1] for map in maps] == encoder.feature_info.channels() == [32, 64, 160, 256]
+    assert [map.shape[2:] for map in maps] == [(64 // r, 96 // r) for r in reductions]
+
+
+def test_a_backbone_as_transformers_makes_it() -> None:
+    """What its TimmBackbone reads, and BatchNorm frozen by timm, as its detectors do: training then changes nothing."""
+    options = {"pretrained": False, "features_only": True, "in_chans": 3, "out_indices": (1, 3)}
+    backbone = timm.create_model("stvit_tiny", **options)
+    info = backbone.feature_info
+    modules = [stage["module"] for stage in info.info]
+    assert len(set(modules)) == 4 and all(name.startswith(f"layers.{i}.") for i, name in enumerate(modules))
+    assert [stage["num_chs"] for stage in info.info] == [32, 64, 160, 256]
+    assert list(info.out_indices) == [1, 3] and info.module_name() == [modules[1], modules[3]]
+    assert {layer["module"]: layer["index"] for layer in info.get_dicts()} == {modules[1]: 1, modules[3]: 3}
+    images = torch.randn(2, 3, 64, 64)
+    expected = backbone.eval()(images)
+    frozen = timm.utils.model.freeze_batch_norm_2d(backbone).train()
+    assert not [part for part in frozen.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    before = [buffer.clone() for buffer in frozen.buffers()]
+    for given, wanted in zip(frozen(images), expected, strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, before, frozen.buffers()))
