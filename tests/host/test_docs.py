@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import stvit
+from tests.support import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -128,6 +130,18 @@ def test_every_environment_variable_has_its_line():
     page = (ROOT / "docs" / "environment.md").read_text()
     own = {"PATH", "PYTHONPATH", "PYTEST_XDIST_WORKER"}  # of the shell, Python and the tests' own processes
     assert len(read) > 15 and {name for name in read - own if f"`{name}`" not in page} == set()
+
+
+def test_the_table_of_versions_is_that_of_its_file():
+    text = versions.PAGE.read_text()
+    assert text == versions.page(text, json.loads(versions.RUNS.read_text()))
+    assert versions.counts("F\n= 1 failed, 20 passed, 3 skipped, 2 errors in 9.9s =") == {
+        "passed": 20,
+        "skipped": 3,
+        "failed": 3,
+    }
+    with pytest.raises(ValueError, match="a whole run"):
+        versions.counts("....")
 
 
 def test_the_drawings_are_of_the_op(tmp_path):
