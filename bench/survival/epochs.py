@@ -21,7 +21,7 @@ def start_epoch(data: Any, epoch: int) -> None:
     if hasattr(data, "order"):
         data.order.start(epoch, 0)
     else:
-        data.sampler.set_epoch(epoch)
+        data.train_sampler.set_epoch(epoch)
 
 
 def main() -> None:
@@ -36,7 +36,8 @@ def main() -> None:
             first = first or time.perf_counter() - began
             images += len(batch[0].to(memory_format=torch.channels_last))
     own = time.process_time() - cpu
-    data.close()
+    if hasattr(data, "close"):  # of loader processes that outlive an epoch
+        data.close()
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = {"images": images, "cpu_s": own, "loaders_cpu_s": ended.ru_utime + ended.ru_stime, "first_batch_s": first}
     print(json.dumps(result))
