@@ -17,7 +17,7 @@ from bench.report.tables import Group, Result, Row
 # Blue, orange, green, purple, yellow of Okabe and Ito, which the colour-blind can tell apart; grey for what is behind.
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#8c8c8c"
 OPS = {tables.EAGER: GREY, tables.COMPILED: ORANGE, "triton": BLUE, "cuda": GREEN}
-SIDES = {"authors, eager": GREY, "authors, compiled": ORANGE, "ours": BLUE}
+SIDES = {"authors": GREY, "compiled": ORANGE, "ours": BLUE}  # as in the tables
 WIDTH, DPI = 10.5, 120  # inches across; pixels an inch
 BAR = 0.2  # inches across a bar
 
@@ -90,8 +90,9 @@ def spread(value: float, row: Row) -> Bar:
 
 
 def memory(row: Row | None, unit: float) -> Bar:
-    bytes_ = row and row["peak_bytes"]
-    return (bytes_ / unit,) * 3 if bytes_ else "not measured"
+    if row is None or row["peak_bytes"] is None:
+        return "none" if row is None else "not measured"
+    return (row["peak_bytes"] / unit,) * 3
 
 
 def images(row: Row | None) -> Bar:
@@ -136,7 +137,8 @@ def of_convergence(result: Result) -> Figure:
 
 def framed(title: str, note: str, height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    # Its first line is the legend's.
+    figure.suptitle(f"\n{title}", fontsize=13, fontweight="bold", x=0.01, ha="left")
     figure.supxlabel(note, fontsize=8, color="#555555", x=0.01, ha="left")
     return figure
 
