@@ -38,6 +38,13 @@ def test_the_recorded_runs_are_alike_and_every_kill_struck() -> None:
     assert not run.alike((unbroken, killed | {"losses": killed["losses"][:-1] + [0.0]}))
 
 
+def test_the_page_has_the_loaders_figures() -> None:
+    page = (RESULT.parents[2] / "docs" / "training.md").read_text()
+    for row in json.loads((RESULT.parent / "loader.json").read_text())["rows"]:
+        cells = [row["version"], f"{row['cpu_ms_per_image']:.2f}", f"{row['images_per_cpu_second']:.0f}"]
+        assert f"| {' | '.join(cells)} | {row['second_epoch_first_batch_s']:.2f} |" in page
+
+
 def test_a_folder_without_photographs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as error:
         run.main(["--data", str(tmp_path)])
