@@ -417,12 +417,15 @@ class SuperTokenBlock(nn.Module):
     def _batch_norm_and_skip(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(norm2 of x, x for the skip connection); in training by an op whose backward adds both gradients."""
         norm = self.norm2
-        usual = plain(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats and norm.momentum is not None
-        if not usual or not norm.training or not by_kernels(self.backend, x):
+        if not (plain(norm, nn.BatchNorm2d) and norm.training and by_kernels(self.backend, x)):
+            return norm(x), x
+        mean, variance, momentum = norm.running_mean, norm.running_var, norm.momentum
+        usual = norm.affine and norm.track_running_stats
+        if not usual or mean is None or variance is None or momentum is None:
             return norm(x), x
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
-        given = (norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+        given = (norm.weight, norm.bias, mean, variance, momentum, norm.eps)
         return functional.batch_norm_and_skip(x, *given, self.backend)
 
     def _joined(self, x: Tensor, y: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
