@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .checks import shown
 from .model import STViT
 
 SHOWN = 3  # differing keys named of each kind
@@ -34,6 +35,10 @@ _NUMPY: list[Any] = [
     *(type(np.dtype(code)) for code in "?bhilqBHILQefdFD"),
     *((rebuild, f"{place}.{rebuild.__name__}") for place in _NUMPY_PLACES for rebuild in _NUMPY_FUNCTIONS),
 ]
+SHARDED = (
+    "expected whole tensors, found one process's parts of a sharded model: save what "
+    "torch.distributed.checkpoint.state_dict.get_model_state_dict returns with full_state_dict=True"
+)
 READABLE: list[Any] = [argparse.Namespace, *_NUMPY]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,11 +52,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises CheckpointError: no such file, truncated, not a checkpoint, or with pickled objects that would run code.
     """
-    path = Path(path)
+    path = _as_path(path)
     try:
         path.open("rb").close()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise CheckpointError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         if path.suffix == ".safetensors":
             contents = load_file(path)
@@ -72,7 +77,8 @@ def load_checkpoint(
 
     Args:
         model: any module; wrapped in DistributedDataParallel or torch.compile is fine. A backbone, which is what
-            `timm.create_model(..., features_only=True)` returns, takes from the file what it has.
+            `timm.create_model(..., features_only=True)` returns, takes from the file what it has. One on the meta
+            device becomes real, on the CPU. Of one sharded by `fully_shard` each process keeps its own parts.
         path: .pth (a state dict, or a dict that holds one under "model", with or without the prefix that
             DistributedDataParallel adds) or .safetensors.
         use_ema: take the averaged weights, under "model_ema", instead.
@@ -81,6 +87,9 @@ def load_checkpoint(
     Raises CheckpointError (a ValueError) that names the file and what is wrong: unreadable, foreign, or the first
     keys that are missing, unexpected or of another shape. The model is then as it was before.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {shown(model)}")
+    _check_head(head)
     return load_contents(model, read_checkpoint(path), path, use_ema=use_ema, head=head)
 
 
@@ -93,21 +102,48 @@ def load_contents(
     head: str = "strict",
 ) -> Model:
     """`load_checkpoint` for a file that `read_checkpoint` has read; `path` only names it in errors."""
-    if head not in ("strict", "skip"):
-        raise ValueError(f"head: expected 'strict' or 'skip', got {head!r}")
+    _check_head(head)
     weights = _state_dict(contents, Path(path), "model_ema" if use_ema else "model")
     bare = _unwrapped(model)
     own = bare.state_dict()
     pruned = getattr(bare, "pruned", ())  # of a backbone
-    weights = {key: value for key, value in weights.items() if key in own or not key.startswith(tuple(pruned))}
+    weights = {key: value for key, value in weights.items() if key in own or not str(key).startswith(tuple(pruned))}
     if head == "skip":
-        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+        weights = {key: value for key, value in weights.items() if not str(key).startswith("head.")}
         weights |= {key: value for key, value in own.items() if key.startswith("head.")}
     difference = _difference(own, weights)
     if difference:
         raise CheckpointError(f"{path}: doesn't fit {type(bare).__name__}: {difference}")
-    bare.load_state_dict(weights, strict=True)
+    meta = any(value.is_meta for value in own.values())  # a copy onto the meta device would be lost
+    bare.load_state_dict({key: _placed(weights[key], own[key], meta) for key in own}, strict=True, assign=meta)
     return model
+
+
+def _check_head(head: object) -> None:
+    if not isinstance(head, str) or head not in ("strict", "skip"):
+        raise ValueError(f"head: expected 'strict' or 'skip', got {shown(head)}")
+
+
+def _as_path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected a str or os.PathLike, got {shown(path)}")
+    return Path(path)
+
+
+def _placed(value: Tensor, own: Tensor, assigned: bool) -> Tensor:
+    """What `load_state_dict` takes for `own`: this process's parts of it, a tensor of its kind if it is `assigned`."""
+    if _is_sharded({"": own}):
+        return _sharded(value, own)
+    if not assigned:
+        return value
+    return torch.empty_like(own, device="cpu" if own.is_meta else own.device).copy_(value)
+
+
+def _sharded(value: Tensor, own: Any) -> Tensor:
+    """This process's parts of a tensor that every process has read, as a DTensor; nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.dtype), own.device_mesh, own.placements, src_data_rank=None)
 
 
 def save_checkpoint(path: str | os.PathLike[str], **contents: Any) -> None:
@@ -116,10 +152,12 @@ def save_checkpoint(path: str | os.PathLike[str], **contents: Any) -> None:
     A path that ends in .safetensors gets a safetensors file, which holds one state dict, model=..., and nothing else.
 
     The file appears whole or not at all: it is written beside its place and moved there. Raises TypeError when a
-    value is of a class that could not be read back without running code (pathlib.Path, ...), or that a .safetensors
-    file can't hold; OSError naming `path` when it can't be written, such as on a full disk.
+    value is of a class that could not be read back without running code (pathlib.Path, ...), a sharded tensor, or one
+    that a .safetensors file can't hold; OSError naming `path` when it can't be written, such as on a full disk.
     """
-    path = Path(path)
+    path = _as_path(path)
+    if any(isinstance(value, Mapping) and _is_sharded(value) for value in contents.values()):
+        raise TypeError(f"contents: {SHARDED}")
     with whole_file(path) as partial:
         if path.suffix == ".safetensors":
             return _save_tensors(contents, partial)
@@ -208,7 +246,13 @@ def _state_dict(contents: dict[str, Any], path: Path, name: str) -> dict[str, Te
     if not isinstance(weights, Mapping) or not weights:
         found = ", ".join(repr(key) for key in list(contents)[:SHOWN]) or "nothing"
         raise CheckpointError(f"{path}: expected a state dict, or one under the key {name!r}; the file holds {found}")
+    if _is_sharded(weights):
+        raise CheckpointError(f"{path}: {SHARDED}")
     return without_prefixes(weights)
+
+
+def _is_sharded(weights: Mapping[str, Any]) -> bool:
+    return any(type(value).__name__ == "DTensor" for value in weights.values())
 
 
 def without_prefixes(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,9 +278,9 @@ def _difference(own: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str:
         "missing": [key for key in own if key not in weights],
         "unexpected": [str(key) for key in weights if key not in own],
         "different": [
-            f"{key} ({_kind(weights[key])} in the file, {_kind(own[key])} in the model)"
+            f"{key} ({_in_file(weights[key])} in the file, {_kind(own[key])} in the model)"
             for key in own
-            if key in weights and _kind(weights[key]) != _kind(own[key])
+            if key in weights and _in_file(weights[key]) != _kind(own[key])
         ],
     }
     parts = []
@@ -245,6 +289,15 @@ def _difference(own: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str:
         if keys:
             parts.append(f"{kind}: {', '.join(keys[:SHOWN])}{more}")
     return "; ".join(parts)
+
+
+def _in_file(value: Any) -> str:
+    """`_kind` of what a file holds, or in its place why it can't be copied."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.is_nested or value.is_meta:
+        return "a nested tensor" if value.is_nested else "a tensor without values"
+    return _kind(value)
 
 
 def _kind(value: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import operator
+import reprlib
+import sys
 from typing import Any
 
 import torch
@@ -12,12 +13,24 @@ from torch import Tensor
 from .geometry import Association, grid_size
 from .tensors import DTYPES
 
+LARGEST = sys.float_info.max
+LARGEST_TILE = 1024  # pixels a side, where the image is smaller
+MOST_ROUNDS = 1000  # of association and sampling; papers use one to three
+
+
+def shown(value: Any) -> str:
+    """A value in one line of an error, cut where it is long, and its type."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" if not value.is_nested else "a nested tensor"
+    text = " ".join(reprlib.repr(value).split())
+    return f"{text} of type {type(value).__name__}"
+
 
 def stoken_pair(stoken_size: Any, name: str = "stoken_size") -> tuple[int, int]:
     """The tile as a pair (h, w) from an int or a pair; TypeError or ValueError naming the argument otherwise."""
     if isinstance(stoken_size, (tuple, list, torch.Size)):
         if len(stoken_size) != 2:
-            raise ValueError(f"{name}: expected an int or a pair (h, w), got {stoken_size!r}")
+            raise ValueError(f"{name}: expected an int or a pair (h, w), got {shown(stoken_size)}")
         return _positive_int(stoken_size[0], name), _positive_int(stoken_size[1], name)
     side = _positive_int(stoken_size, name)
     return side, side
@@ -25,20 +38,40 @@ def stoken_pair(stoken_size: Any, name: str = "stoken_size") -> tuple[int, int]:
 
 def _positive_int(value: Any, name: str) -> int:
     if isinstance(value, bool) or isinstance(value, float):
-        raise TypeError(f"{name}: expected a positive int, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name}: expected a positive int, got {shown(value)}")
     try:
         number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected a positive int, got {value!r} of type {type(value).__name__}") from None
+    except Exception:  # a tensor without a value raises errors of its own
+        raise TypeError(f"{name}: expected a positive int, got {shown(value)}") from None
     if number < 1:
-        raise ValueError(f"{name}: expected a positive int, got {number}")
+        raise ValueError(f"{name}: expected a positive int, got {shown(number)}")
     return number
+
+
+def _finite_float(value: Any, name: str, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {expected}, got {shown(value)}")
+    if not -LARGEST <= value <= LARGEST:  # unlike math.isfinite, torch.compile(dynamic=True) can trace it
+        raise ValueError(f"{name}: expected a finite float, got {shown(value)}")
+    return float(value)
+
+
+def _bool(value: Any, name: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {shown(value)}")
+
+
+def _dense(tensor: Tensor, name: str) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {str(tensor.layout).removeprefix('torch.')}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
 def check_pixels(x: Any, name: str = "x") -> None:
     """(B, C, H, W), a floating dtype, C, H and W at least 1; B may be 0."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of shape (B, C, H, W), got {type(x).__name__}")
+    _dense(x, name)
     if x.dim() != 4:
         raise ValueError(f"{name}: expected 4 dimensions (B, C, H, W), got shape {tuple(x.shape)}")
     if x.dtype not in DTYPES:
@@ -55,18 +88,31 @@ def check_images(x: Tensor, in_chans: int) -> None:
         raise ValueError(f"x: expected {in_chans} channels (in_chans), got shape {tuple(x.shape)}")
 
 
-def check_sampling(x: Any, stoken_size: Any, n_iter: Any, scale: Any) -> tuple[tuple[int, int], int, float]:
+def check_sampling(
+    x: Any, stoken_size: Any, n_iter: Any, scale: Any, association_grad: Any
+) -> tuple[tuple[int, int], int, float]:
     """The checked (stoken_size, n_iter, scale) of super_token_sampling; ``scale=None`` is C ** -0.5."""
     check_pixels(x)
-    tile = stoken_pair(stoken_size)
+    tile = check_tile(stoken_size, "stoken_size", x)
     iterations = _positive_int(n_iter, "n_iter")
+    if iterations > MOST_ROUNDS:
+        raise ValueError(f"n_iter: expected at most {MOST_ROUNDS}, got {shown(iterations)}")
+    _bool(association_grad, "association_grad")
     if scale is None:
         return tile, iterations, x.shape[1] ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a float or None (C ** -0.5), got {scale!r} of type {type(scale).__name__}")
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: expected a finite float, got {scale!r}")
-    return tile, iterations, float(scale)
+    return tile, iterations, _finite_float(scale, "scale", "a float or None (C ** -0.5)")
+
+
+def check_tile(stoken_size: Any, name: str, x: Tensor) -> tuple[int, int]:
+    """The tile of pixels x (B, C, H, W), which may reach beyond them, but not so far that padding fills the memory."""
+    tile = stoken_pair(stoken_size, name)
+    for side, size in zip(tile, x.shape[2:], strict=True):
+        if side > LARGEST_TILE and side > size:
+            raise ValueError(
+                f"{name}: expected sides of at most {LARGEST_TILE}, or of at most the image's, {tuple(x.shape[2:])}, "
+                f"got {shown(side)}"
+            )
+    return tile
 
 
 def check_upsampling(stokens: Any, association: Any, residual: Any = None) -> None:
@@ -77,10 +123,11 @@ def check_upsampling(stokens: Any, association: Any, residual: Any = None) -> No
             "association: expected the Association that super_token_sampling returned, "
             f"got {type(association).__name__}"
         )
-    weights, mass, stoken_size, _ = association
+    weights, mass, stoken_size, channels_last = association
     check_pixels(weights, "association.weights")
     check_pixels(mass, "association.mass")
-    tile = stoken_pair(stoken_size, "association.stoken_size")
+    tile = check_tile(stoken_size, "association.stoken_size", weights)
+    _bool(channels_last, "association.channels_last")
     batch, nine, height, width = weights.shape
     if nine != 9:
         raise ValueError(f"association.weights: expected shape (B, 9, H, W), got {tuple(weights.shape)}")
@@ -103,6 +150,7 @@ def check_matching(tensor: Any, name: str, x: Tensor, shape: tuple[int, ...], x_
     """That a tensor has the shape expected, a floating dtype, and lies on the device of x."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor of shape {shape}, got {type(tensor).__name__}")
+    _dense(tensor, name)
     if tuple(tensor.shape) != shape:
         raise ValueError(
             f"{name}: expected shape {shape} for {x_name} of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
@@ -125,8 +173,7 @@ def check_branch(x: Any, y: Any, gamma: Any, keep: Any, bias: Any) -> None:
 
 def check_depthwise(x: Any, weight: Any, bias: Any, gelu: Any, x_bias: Any) -> None:
     """That pixels x have a weight (C, 1, 3, 3), biases (C,) or None, and that gelu is a bool."""
-    if not isinstance(gelu, bool):
-        raise TypeError(f"gelu: expected a bool, got {gelu!r} of type {type(gelu).__name__}")
+    _bool(gelu, "gelu")
     check_pixels(x)
     check_matching(weight, "weight", x, (x.shape[1], 1, 3, 3))
     for vector, argument in ((bias, "bias"), (x_bias, "x_bias")):
@@ -139,8 +186,26 @@ def check_norm(x: Any, weight: Any, bias: Any, eps: Any) -> float:
     check_pixels(x)
     check_matching(weight, "weight", x, (x.shape[1],))
     check_matching(bias, "bias", x, (x.shape[1],))
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps: expected a float, got {eps!r} of type {type(eps).__name__}")
-    if not 0 <= eps < math.inf:  # unlike math.isfinite, torch.compile(dynamic=True) can trace it
+    eps = _finite_float(eps, "eps", "a float")
+    if eps < 0:
         raise ValueError(f"eps: expected a finite float of at least 0, got {eps!r}")
-    return float(eps)
+    return eps
+
+
+def check_attention(tokens: Any, num_heads: Any, scale: Any, dropout: Any) -> None:
+    """That tokens (B, N, 3C) divide into heads, and that scale and dropout are floats that make sense."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens: expected a torch.Tensor of shape (B, N, 3C), got {type(tokens).__name__}")
+    _dense(tokens, "tokens")
+    if tokens.dim() != 3:
+        raise ValueError(f"tokens: expected 3 dimensions (B, N, 3C), got shape {tuple(tokens.shape)}")
+    if tokens.dtype not in DTYPES:
+        raise TypeError(f"tokens: expected a floating dtype, got {str(tokens.dtype).removeprefix('torch.')}")
+    heads = _positive_int(num_heads, "num_heads")
+    if tokens.shape[2] < 1 or tokens.shape[2] % (3 * heads):
+        raise ValueError(
+            f"tokens: expected 3C channels, C a multiple of {shown(heads)}, got shape {tuple(tokens.shape)}"
+        )
+    _finite_float(scale, "scale", "a float")
+    if not 0 <= _finite_float(dropout, "dropout", "a float") <= 1:
+        raise ValueError(f"dropout: expected a probability, got {dropout!r}")

@@ -14,7 +14,15 @@ from .backends import dispatch
 from .backends.batch_norm import BatchNormAndSkip
 from .backends.channel_layer_norm import NormAndSkip
 from .backends.registry import ops
-from .checks import check_branch, check_depthwise, check_norm, check_pixels, check_sampling, check_upsampling
+from .checks import (
+    check_attention,
+    check_branch,
+    check_depthwise,
+    check_norm,
+    check_pixels,
+    check_sampling,
+    check_upsampling,
+)
 from .geometry import Association
 from .tensors import autocast, autocast_dtype, is_channels_last, without_autocast
 
@@ -46,8 +54,9 @@ def super_token_sampling(
         x: pixels (B, C, H, W) in float16, bfloat16, float32 or float64, in either memory format (channels_last is
             the fast one), contiguous or not. C, H and W at least 1, of any size; B may be 0.
         stoken_size: pixels a super token covers, (h, w) or one int for both. H and W need not be multiples: x is
-            padded right and bottom with zeros, which take part in the means and the mass.
-        n_iter: rounds of association and sampling, at least 1.
+            padded right and bottom with zeros, which take part in the means and the mass. A side is at most 1024, or
+            the image's.
+        n_iter: rounds of association and sampling, 1 to 1000.
         scale: factor of the association's logits; None is C ** -0.5.
         association_grad: False (as the authors train) holds the association constant in the backward, which then
             needs only the association and its mass, not x. True differentiates everything, the pooling included.
@@ -61,7 +70,7 @@ def super_token_sampling(
         TypeError, ValueError: naming the argument and what was expected, before anything is computed.
         BackendError: the backend named can't run; every reason is listed.
     """
-    (h, w), n_iter, scale = check_sampling(x, stoken_size, n_iter, scale)
+    (h, w), n_iter, scale = check_sampling(x, stoken_size, n_iter, scale, association_grad)
     x = autocast(x)
     name = dispatch.choose(backend, x)
     if name == "reference":
@@ -242,7 +251,11 @@ def multi_head_attention(
 
     Returns:
         (B, N, C), the heads one after the other.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected, before anything is computed.
     """
+    check_attention(tokens, num_heads, scale, dropout)
     # Split before the heads are moved: the backward then stacks the gradients of q, k and v right into the layout of
     # the product. After a permute of all three at once it would copy the whole of them once more.
     heads = tokens.unflatten(2, (num_heads, 3, -1)).unbind(3)  # three of (B, N, heads, head_dim)

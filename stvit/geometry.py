@@ -32,3 +32,9 @@ def grid_size(height: int, width: int, stoken_size: tuple[int, int]) -> tuple[in
     """(gh, gw): the number of tiles down and across, the last ones possibly padded."""
     h, w = stoken_size
     return (height + h - 1) // h, (width + w - 1) // w
+
+
+def product_flops(batch: int, channels: int, size: tuple[int, int], stoken_size: tuple[int, int]) -> int:
+    """Operations of one product over the pattern of pixels and their 9 super tokens, padded pixels included."""
+    gh, gw = grid_size(*size, stoken_size)
+    return 2 * 9 * batch * channels * gh * stoken_size[0] * gw * stoken_size[1]

@@ -28,6 +28,7 @@ from stvit.model import CONFIGS
 from stvit.modules import Attention
 from stvit.train.errors import UserError
 
+LARGEST = 8192  # pixels a side of a picture
 OUTLINE = (1.0, 0.9, 0.1)
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in training
@@ -298,11 +299,13 @@ def _pairs(image: str | None, output: str) -> list[tuple[str | None, Path]]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.input_size < 1:
-        raise UserError(f"--input-size must be at least 1, not {args.input_size}")
+    if not 1 <= args.input_size <= LARGEST:
+        raise UserError(f"--input-size must be at least 1 and at most {LARGEST}, not {args.input_size}")
     point = None if args.point is None else (args.point[0] / args.input_size, args.point[1] / args.input_size)
     if point is not None and not all(0 <= part < 1 for part in point):
         raise UserError(f"--point must be a row and a column below --input-size {args.input_size}, not {args.point}")
+    if not -(2**63) <= args.seed < 2**64:
+        raise UserError(f"--seed must be a number of 64 bits, not {args.seed}")
     pairs = _pairs(args.image, args.output)
     torch.manual_seed(args.seed)
     model, name = build_model(args.model, args.checkpoint, args.backend)

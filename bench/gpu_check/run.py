@@ -57,13 +57,13 @@ def build(stage: Stage) -> None:
 
 
 def tests(stage: Stage) -> None:
-    """All but tests/host, which learns nothing from a GPU, with kernels on it: steps run without TRITON_INTERPRET."""
+    """All but tests/host and tests/fuzz, which learn nothing from a GPU; steps run without TRITON_INTERPRET."""
     command = [*PYTEST, *ON_CPU_TESTS]
     if stage.on_gpu:
         lacking = [package for package in PACKAGES if not importlib.util.find_spec(package)]
         for name in PICTURES if lacking else ():
             stage.skip(name, f"{', '.join(lacking)} not installed")
-        left_out = ["host", *(PICTURES if lacking else ())]
+        left_out = ["host", "fuzz", *(PICTURES if lacking else ())]
         command = [*PYTEST, "tests", *(f"--ignore=tests/{name}" for name in left_out), *side_by_side()]
     row = stage.step("pytest", [*command, *stage.extra], pytest_counts)
     if row["status"] == "passed" and not row.get("passed"):

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..checks import shown
 from ..tensors import DTYPES, transformed
 from . import extension
 
@@ -25,6 +26,8 @@ NO_TRANSFORMS = (
     "kernels run neither under the transforms of torch.func (grad, jacrev, vmap, jvp, ...) nor in forward-mode "
     "differentiation; backend='reference' does"
 )
+
+NO_DTENSORS = "kernels take no DTensor, whose parts they don't know; backend='reference' does"
 
 logger = logging.getLogger("stvit")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -39,7 +42,7 @@ class BackendError(RuntimeError):
 def check_backend(name: object, argument: str = "backend") -> str:
     """`name` if it is "auto" or one of BACKENDS; TypeError or ValueError naming `argument` otherwise."""
     if not isinstance(name, str):
-        raise TypeError(f"{argument}: expected a str, got {name!r} of type {type(name).__name__}")
+        raise TypeError(f"{argument}: expected a str, got {shown(name)}")
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{argument}: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
     return name
@@ -173,22 +176,27 @@ def _say_once(reasons: str) -> None:
         logger.warning("backend 'auto' falls back to the PyTorch reference (%s)", reasons)
 
 
+def _beyond_kernels(tensor: torch.Tensor) -> str:
+    """Why no kernel may run for this tensor, whatever the machine; empty where one may."""
+    if transformed():
+        return NO_TRANSFORMS
+    return NO_DTENSORS if type(tensor).__name__ == "DTensor" else ""
+
+
 def choose(backend: str, tensor: torch.Tensor) -> str:
     """The backend that runs a call with this `backend` argument on `tensor`; raises as `resolve` does.
 
     Where PyTorch would silently leave the kernels out of a derivative, or has no rule for them, the reference runs, as
     it does on the meta device, which has shapes alone.
     """
-    if backend == "auto":
+    if check_backend(backend) == "auto":
         backend = default_backend()
-    else:
-        check_backend(backend)
     if backend == "reference" or tensor.is_meta:
         return "reference"
-    if transformed():
+    if reason := _beyond_kernels(tensor):
         if backend != "auto":
-            raise BackendError(f"backend={backend!r} can't run: {NO_TRANSFORMS}")
-        _say_once(NO_TRANSFORMS)
+            raise BackendError(f"backend={backend!r} can't run: {reason}")
+        _say_once(reason)
         return "reference"
     return resolve(backend, tensor.device, tensor.dtype)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -67,6 +68,8 @@ def parse_shape(text: str) -> Shape:
     numbers = [int(number) for number in found.groups(found[5])] if found else [0]
     if min(numbers) < 1:
         raise ValueError(f"expected BxCxHxW/hxw, all at least 1, as 128x64x56x56/8x8, got {text!r}")
+    if max(numbers) >= 2**31 or math.prod(numbers[:4]) >= 2**60:
+        raise ValueError(f"expected a size that memory could hold, got {text!r}")
     return Shape(*numbers)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from . import extension
 
@@ -60,8 +61,14 @@ def _unseen(arguments: tuple[Any, ...]) -> bool:
 
 
 def _watched(x: Tensor) -> bool:
-    """Whether x is more than its data: of a subclass, or batched, as gradients are under is_grads_batched=True."""
-    return type(x) not in (Tensor, nn.Parameter) or torch._C._functorch.is_legacy_batchedtensor(x)
+    """Whether x is more than its data: of a subclass, batched, as gradients are under is_grads_batched=True, or with a
+    sign or zeros that are not in memory."""
+    return (
+        type(x) not in (Tensor, nn.Parameter)
+        or torch._C._functorch.is_legacy_batchedtensor(x)
+        or x.is_neg()
+        or x._is_zerotensor()
+    )
 
 
 def _direct(
@@ -88,11 +95,13 @@ def register(
     fake: Callable[..., Any],
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> None:
     """Defines the op NAMESPACE::`name` for every device, adds it to `names` and makes it an attribute of `ops`.
 
     The schema is that of `run`'s annotations. `setup` saves for `backward`; the gradient of an op without them is an
-    error, not a result that leaves the op out.
+    error, not a result that leaves the op out. `flops` tells PyTorch's FlopCounterMode, which hands it `run`'s
+    arguments with shapes in the place of tensors, what it counts of the reference: products of matrices, convolutions.
     """
     schema = torch.library.infer_schema(run, mutates_args=())
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -100,14 +109,13 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward or _refuse_second, setup_context=setup)
     names.append(name)
-    overload, direct = (
-        getattr(getattr(torch.ops, NAMESPACE), name).default,
-        _direct(run, setup, backward or _refuse_second),
-    )
+    op, direct = getattr(getattr(torch.ops, NAMESPACE), name), _direct(run, setup, backward or _refuse_second)
+    if flops is not None:
+        register_flop_formula(op)(flops)
 
     def call(*arguments: Any) -> Any:
         if not _unseen(arguments):
-            return overload(*arguments)
+            return op.default(*arguments)
         return direct.apply(*arguments) if torch.is_grad_enabled() else run(*arguments)
 
     setattr(ops, name, call)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..geometry import grid_size
+from ..geometry import grid_size, product_flops
 from ..tensors import accumulator, empty_like_pixels, empty_pixels, empty_weights, is_channels_last
 from . import registry
 from .registry import SUPER_TOKEN_OPS, ops, register
@@ -56,7 +56,12 @@ def _backward(ctx: Any, grad_stokens: Tensor | None, grad_weights: Tensor | None
     return (grad, *[None] * 6)
 
 
-register(SUPER_TOKEN_OPS, "sampling", _run, _fake, _setup, _backward)
+def _flops(x: Any, h: int, w: int, n_iter: int, *_: Any, **__: Any) -> int:
+    """Logits and sums of each round."""
+    return 2 * n_iter * product_flops(x[0], x[1], x[2:], (h, w))
+
+
+register(SUPER_TOKEN_OPS, "sampling", _run, _fake, _setup, _backward, _flops)
 
 
 def _run_backward(
@@ -72,7 +77,11 @@ def _fake_backward(
     return empty_pixels(grad_stokens, grad_stokens.shape[1], weights.shape[2], weights.shape[3], channels_last)
 
 
-register(SUPER_TOKEN_OPS, "sampling_backward", _run_backward, _fake_backward)
+def _flops_backward(grad_stokens: Any, weights: Any, mass: Any, h: int, w: int, *_: Any, **__: Any) -> int:
+    return product_flops(weights[0], grad_stokens[1], weights[2:], (h, w))
+
+
+register(SUPER_TOKEN_OPS, "sampling_backward", _run_backward, _fake_backward, flops=_flops_backward)
 
 
 def _run_backward_full(
@@ -89,4 +98,13 @@ def _fake_backward_full(grad_stokens: Tensor | None, grad_weights: Tensor | None
     return empty_like_pixels(x)
 
 
-register(SUPER_TOKEN_OPS, "sampling_backward_full", _run_backward_full, _fake_backward_full)
+def _flops_backward_full(
+    grad_stokens: Any, grad_weights: Any, x: Any, stokens: Any, pooled: Any, weights: Any, mass: Any,
+    h: int, w: int, n_iter: int, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Two products for each of the forward, but for the last sums where only the association has a gradient."""
+    products = 4 * n_iter - (2 if grad_stokens is None else 0)
+    return products * product_flops(x[0], x[1], x[2:], (h, w))
+
+
+register(SUPER_TOKEN_OPS, "sampling_backward_full", _run_backward_full, _fake_backward_full, flops=_flops_backward_full)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import grid_size
+from ..geometry import grid_size, product_flops
 from ..tensors import empty_like_pixels, empty_pixels, empty_weights, is_channels_last
 from . import registry
 from .registry import SUPER_TOKEN_OPS, ops, register
@@ -49,7 +49,11 @@ def _backward(ctx: Any, grad: Tensor) -> Any:
     return grad_stokens, grad_weights, grad_residual, None, None, None, None
 
 
-register(SUPER_TOKEN_OPS, "upsampling", _run, _fake, _setup, _backward)
+def _flops(stokens: Any, weights: Any, residual: Any, h: int, w: int, *_: Any, **__: Any) -> int:
+    return product_flops(weights[0], stokens[1], weights[2:], (h, w))
+
+
+register(SUPER_TOKEN_OPS, "upsampling", _run, _fake, _setup, _backward, _flops)
 
 
 def _run_backward(grad_y: Tensor, weights: Tensor, h: int, w: int, channels_last: bool, backend: str) -> Tensor:
@@ -61,7 +65,11 @@ def _fake_backward(grad_y: Tensor, weights: Tensor, h: int, w: int, channels_las
     return empty_pixels(grad_y, grad_y.shape[1], *grid_size(grad_y.shape[2], grad_y.shape[3], (h, w)), channels_last)
 
 
-register(SUPER_TOKEN_OPS, "upsampling_backward", _run_backward, _fake_backward)
+def _flops_backward(grad_y: Any, weights: Any, h: int, w: int, *_: Any, **__: Any) -> int:
+    return product_flops(weights[0], grad_y[1], weights[2:], (h, w))
+
+
+register(SUPER_TOKEN_OPS, "upsampling_backward", _run_backward, _fake_backward, flops=_flops_backward)
 
 
 def _run_backward_full(
@@ -75,4 +83,10 @@ def _fake_backward_full(grad_y: Tensor, stokens: Tensor, *_: Any) -> tuple[Tenso
     return empty_like_pixels(stokens), empty_weights(grad_y)
 
 
-register(SUPER_TOKEN_OPS, "upsampling_backward_full", _run_backward_full, _fake_backward_full)
+def _flops_backward_full(grad_y: Any, stokens: Any, weights: Any, h: int, w: int, *_: Any, **__: Any) -> int:
+    return 2 * product_flops(weights[0], grad_y[1], weights[2:], (h, w))
+
+
+register(
+    SUPER_TOKEN_OPS, "upsampling_backward_full", _run_backward_full, _fake_backward_full, flops=_flops_backward_full
+)

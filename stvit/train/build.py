@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import get_pretrained_cfg_value, is_model
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.optim import optimizer_kwargs as optimizer_flags
 from timm.scheduler import create_scheduler
 from torch import nn
@@ -100,6 +100,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, process: Process
     Raises:
         UserError: for an unknown name or arguments that it does not take.
     """
+    _check_betas(args)
     images = args.batch_size * args.grad_accum_steps * process.world_size
     options = optimizer_flags(args) | {"lr": args.lr * images / 512}
     fused = process.device.type == "cuda" if args.fused is None else args.fused
@@ -108,7 +109,7 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, process: Process
             with suppress(TypeError, RuntimeError, ValueError):  # an optimizer without a fused form
                 return create_optimizer_v2(model, **options, fused=True)
         return create_optimizer_v2(model, **options)
-    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError) as error:
         raise UserError(f"--opt {args.opt}: {error}") from error
 
 
@@ -122,6 +123,15 @@ def compile_error(args: argparse.Namespace, error: RuntimeError) -> UserError | 
         return None
     lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
     return UserError(f"--compile with --compile-backend {args.compile_backend}: {lines[0].strip()}")
+
+
+def _check_betas(args: argparse.Namespace) -> None:
+    """Some optimizers look at their betas in the first step only."""
+    name = args.opt.lower().split("_")[-1]  # behind lookahead_
+    with suppress(ValueError):  # no such optimizer, which its creation says
+        info = get_optimizer_info(name)
+        if args.opt_betas and info.has_betas and len(args.opt_betas) != info.num_betas:
+            raise UserError(f"--opt-betas: {args.opt} takes {info.num_betas}, not {len(args.opt_betas)}")
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int) -> Any:

@@ -27,6 +27,15 @@ COUNTS = {  # flag: the least whole number
     "patience_epochs": 0,
     "world_size": 1,
 }
+MOST = {  # more would end the machine, or PyTorch in a crash
+    "threads": 1024,
+    "num_workers": 1024,
+    "processes": 1024,
+    "input_size": 2**14,
+    "batch_size": 2**20,
+    "grad_accum_steps": 2**20,
+    "num_classes": 2**24,
+}
 INF = math.inf
 # flag: (low, high, whether low itself is allowed, whether high is). Lists: every element.
 RANGES = {
@@ -75,6 +84,8 @@ def check(args: argparse.Namespace) -> None:
         number = getattr(args, name)
         if number is not None and number < least:
             raise UserError(f"{_flag(name)} must be at least {least}, not {number}")
+        if number is not None and number > MOST.get(name, number):
+            raise UserError(f"{_flag(name)} must be at most {MOST[name]}, not {number}")
     for name, limits in RANGES.items():
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:

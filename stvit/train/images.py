@@ -41,7 +41,8 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
     Raises:
         UserError: naming it, for 32-bit integers or floats.
     """
-    if image.mode in WIDE or (image.mode == "I" and image.format == "PNG"):  # older Pillows give 16-bit PNGs as I
+    # Pillow gives 16-bit PGMs, scaled to 65535, as I, and so do older ones 16-bit PNGs.
+    if image.mode in WIDE or (image.mode == "I" and image.format in ("PNG", "PPM")):
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in UNSCALED:

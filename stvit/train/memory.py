@@ -65,6 +65,11 @@ def kept_bytes(model: nn.Module, precision: Precision, size: int) -> float:
     return sum(size for size, _ in kept.values()) / 2
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU or PyTorch's allocator on the CPU could not have as much as was asked for."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def out_of_memory(args: argparse.Namespace, device: torch.device) -> Stop:
     """One line: how much there is, and flags that make the same step need less."""
     used = ""
@@ -78,4 +83,5 @@ def out_of_memory(args: argparse.Namespace, device: torch.device) -> Stop:
     if not args.checkpoint_activations:
         ways.append("--checkpoint-activations keeps less, for a second forward pass")
     ways.append(f"an --input-size below {args.input_size} needs less")
-    return Stop(f"out of GPU memory{used} at --batch-size {args.batch_size}: {'; '.join(ways)}")
+    kind = "GPU memory" if device.type == "cuda" else "memory"
+    return Stop(f"out of {kind}{used} at --batch-size {args.batch_size}: {'; '.join(ways)}")

@@ -24,7 +24,7 @@ from stvit.train.evaluation import Accuracy, evaluate
 from stvit.train.graph import GraphedStep, why_not
 from stvit.train.loop import Training, last_step, wrap
 from stvit.train.losses import build_loss, build_mixup
-from stvit.train.memory import checkpoint_activations, out_of_memory
+from stvit.train.memory import checkpoint_activations, is_out_of_memory, out_of_memory
 from stvit.train.signals import StopRequest
 from stvit.train.state import State, load_finetune, load_weights
 from stvit.train.summary import count_parameters, finished_table
@@ -50,9 +50,11 @@ def run(args: argparse.Namespace) -> int:
                 this.go(stop)
             finally:
                 this.data.close()
-    except torch.OutOfMemoryError as error:
+    except MemoryError as error:
         raise out_of_memory(args, process.device) from error
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(args, process.device) from error
         if distributed.is_lost_peer(error):
             text = "another process of this run is gone; its own last line says why, if it had time for one"
             raise Stop(text) from error

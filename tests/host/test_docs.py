@@ -158,6 +158,23 @@ def test_the_drawings_are_of_the_op(tmp_path):
         assert drawn == committed and len(drawn) > 5
 
 
+def rows_without_a_test(text: str, root: Path) -> list[str]:
+    """Rows of tables whose verdict is none of the three, or whose last cell names no test file that there is."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    wrong = []
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    for what, verdict, tests in (row for row in rows if len(row) == 3):
+        named = re.findall(r"`(tests/[\w/]+\.py)`", tests)
+        right = named and all((root / path).is_file() for path in named)
+        if verdict != "what happens" and not (right and re.match("works|falls back|refused|the same", verdict)):
+            wrong.append(what)
+    return wrong
+
+
+def test_what_works_is_shown_by_tests():
+    assert rows_without_a_test((ROOT / "docs/compatibility.md").read_text(), ROOT) == []
+
+
 def test_the_checks_can_fail():
     text = "# A b\n[x](nowhere.md) [y](#a-b) [z](#c) `stvit/nowhere.py` `nowhere.py`\n"
     text += "`make nothing` `stvit.nowhere(1)` `stvit.info`\n"
@@ -167,3 +184,6 @@ def test_the_checks_can_fail():
     assert missing_targets(text, "test:\n") == {"nothing", "less"}
     assert missing_modules(text) == ["stvit.nowhere"]
     assert missing_names(text) == ["nowhere"]
+    table = "| what | what happens | shown by |\n|---|---|---|\n| a | works | `tests/nowhere.py` |\n| b | works | |\n"
+    table += "| c | breaks | `tests/conftest.py` |\n| d | refused | `tests/conftest.py` |\n"
+    assert rows_without_a_test(table, ROOT) == ["a", "b", "c"]

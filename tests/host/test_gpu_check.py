@@ -249,7 +249,7 @@ def test_the_extension_is_built_before_a_stage(tmp_path, monkeypatch, missing, r
 
 
 def test_what_is_left_out_on_a_gpu_exists():
-    for name in ("host", *gpu_check.PICTURES):
+    for name in ("host", "fuzz", *gpu_check.PICTURES):
         assert (ROOT / "tests" / name).exists(), name
 
 

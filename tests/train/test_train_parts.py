@@ -105,7 +105,7 @@ def test_a_folder_below_a_hidden_one_is_read(tmp_path):
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
     wide = np.array([[0, 128, 129, 257, 1000, 4000, 65407, 65535]], dtype=np.uint16)
-    for name in ("grey.png", "grey.tiff"):
+    for name in ("grey.png", "grey.tiff", "grey.pgm"):
         Image.fromarray(wide).save(tmp_path / name)
         read = np.asarray(read_image(tmp_path / name))
         assert read.shape == (1, 8, 3)
