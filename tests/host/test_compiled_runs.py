@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels import test_batch_norm as batch_norm
 from tests.kernels import test_channel_layer_norm as norm
 from tests.kernels import test_residual_branch as branch
 from tests.kernels import test_residual_depthwise as depthwise
@@ -54,6 +55,14 @@ NORM = [
     norm.Case(Pixels(1, 20, 5, 7, SINGLE, LAST, LAST), skip=True),
     norm.Case(Pixels(1, 20, 3, 3, DOUBLE)),
 ]
+BATCH_NORM = [
+    batch_norm.Case(Pixels(2, 64, 7, 6, BRAIN, LAST, LAST, SINGLE)),
+    batch_norm.Case(Pixels(1, 64, 7, 6, BRAIN, LAST, LAST)),
+    batch_norm.Case(Pixels(2, 40, 5, 7, HALF, SLICED, SLICED_LAST)),
+    batch_norm.Case(Pixels(1, 320, 5, 9, HALF, LAST, LAST, SINGLE), elements=1024, programs=2),
+    batch_norm.Case(Pixels(1, 20, 5, 7, SINGLE, LAST, LAST)),
+    batch_norm.Case(Pixels(1, 20, 3, 3, DOUBLE)),
+]
 BRANCH = [
     branch.Case(Pixels(3, 64, 5, 6, BRAIN, LAST, LAST)),
     branch.Case(Pixels(3, 64, 5, 6, BRAIN, LAST, LAST, SINGLE), gamma=False, stream=SINGLE),
@@ -68,6 +77,7 @@ LISTED = {
     "upsampling": [case._replace(n_iter=1) for case in STOKENS],
     "residual_depthwise": DEPTHWISE,
     "channel_layer_norm": NORM,
+    "batch_norm": BATCH_NORM,
     "residual_branch": BRANCH,
 }
 
@@ -122,6 +132,7 @@ DRAWN = {
     "upsampling": stokens(),
     "residual_depthwise": st.tuples(pixels(), FLAGS).map(lambda drawn: depthwise.Case(*drawn)),
     "channel_layer_norm": st.tuples(pixels(), FLAGS).map(lambda drawn: norm.Case(drawn[0], skip=drawn[1])),
+    "batch_norm": pixels().filter(batch_norm.several).map(batch_norm.Case),
     "residual_branch": st.tuples(pixels(), FLAGS).map(lambda drawn: branch.Case(*drawn)),
 }
 
@@ -143,6 +154,7 @@ def everything() -> list[Any]:
         "upsampling": [case for case in upsampling.LISTED if case.n_iter == 1],
         "residual_depthwise": depthwise.LISTED,
         "channel_layer_norm": norm.LISTED,
+        "batch_norm": batch_norm.LISTED,
         "residual_branch": branch.LISTED,
     }
     pairs = [(op, case) for op, listed in ops.items() for case in listed]
@@ -171,6 +183,7 @@ ANY = {
     "upsampling": cases(rounds=1),
     "residual_depthwise": st.tuples(drawn_pixels(), FLAGS).map(lambda drawn: depthwise.Case(*drawn)),
     "channel_layer_norm": st.tuples(drawn_pixels(), FLAGS).map(lambda drawn: norm.Case(drawn[0], skip=drawn[1])),
+    "batch_norm": drawn_pixels().filter(batch_norm.several).map(batch_norm.Case),
     "residual_branch": st.tuples(drawn_pixels(), FLAGS).map(lambda drawn: branch.Case(*drawn)),
 }
 

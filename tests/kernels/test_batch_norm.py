@@ -43,6 +43,11 @@ class Case(NamedTuple):
         return [self.pixels.pixels(1 + which, device, dtype, layout) for which, layout in enumerate(layouts)]
 
 
+def several(pixels: Pixels) -> bool:
+    """Whether a channel has more than one value."""
+    return pixels.batch * pixels.height * pixels.width > 1
+
+
 def statistics(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Running mean and variance of a new norm."""
     return torch.zeros_like(weight, requires_grad=False), torch.ones_like(weight, requires_grad=False)
@@ -110,7 +115,7 @@ def test_listed_cases(case: Case, device: str) -> None:
 @given(
     case=st.builds(
         Case,
-        drawn_pixels().filter(lambda drawn: drawn.batch * drawn.height * drawn.width > 1),
+        drawn_pixels().filter(several),
         st.just(0.0),
         st.sampled_from([None, 512, 1024]),
         st.none() | st.integers(1, 5),
