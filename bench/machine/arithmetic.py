@@ -182,6 +182,15 @@ def extract(operation: Operation) -> Step:
     return operation.apply(lambda a: (a << type_(width - first - length)) >> type_(width - length))
 
 
+@instruction("bfi")
+def insert(operation: Operation) -> Step:
+    length, first = int(operation.arguments.pop()), int(operation.arguments.pop())
+    width, type_ = bits(operation.type), dtype(operation.type)
+    operation.expect(0 < length <= width - first)
+    field = type_(((1 << length) - 1) << first)
+    return operation.apply(lambda a, b: a << type_(first) & field | b & ~field)
+
+
 COMPARE: dict[str, Any] = {
     "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge,

@@ -35,8 +35,8 @@ def execute(body: str, *tensors: Tensor, grid: int = 1, shared: int = 1024, prof
     return kernel.run(grid, [t.data_ptr() for t in tensors], ranges, profile=profile, races=True)
 
 
-def compute(instruction: str, type_: str, sources: list[int], result: str | None = None) -> int:
-    """The bits that one instruction makes of the bits of its sources."""
+def compute(instruction: str, type_: str, sources: list[int], result: str | None = None, constants: str = "") -> int:
+    """The bits that one instruction makes of the bits of its sources, and of constants behind them."""
     width, out = (int(re.sub(r"\D", "", t)) // 8 for t in (type_, result or type_))
     register = {2: "%rs", 4: "%r", 8: "%rd"}
     given = torch.tensor([list(source.to_bytes(8, "little")) for source in sources], dtype=torch.uint8)
@@ -44,7 +44,7 @@ def compute(instruction: str, type_: str, sources: list[int], result: str | None
     loads = "".join(
         f"ld.global.b{8 * width} {register[width]}{n + 10}, [%rd0 + {8 * n}];\n" for n in range(len(sources))
     )
-    names = ", ".join(f"{register[width]}{n + 10}" for n in range(len(sources)))
+    names = ", ".join(f"{register[width]}{n + 10}" for n in range(len(sources))) + constants
     execute(f"{loads} {instruction} {register[out]}19, {names}; st.global.b{8 * out} [%rd1], {register[out]}19;",
             given, found)  # fmt: skip
     return int.from_bytes(bytes(found.tolist()), "little")
@@ -75,6 +75,8 @@ def test_integers_are_pythons(a: int, b: int) -> None:
     assert compute("shl.b32", "b32", [x, shift]) == (x << shift) % 2**32
     assert compute("shr.s32", "s32", [x, shift]) == (signed(x, 32) >> shift) % 2**32
     assert compute("min.s32", "s32", [x, y]) == min(signed(x, 32), signed(y, 32)) % 2**32
+    assert compute("bfe.u32", "u32", [x], constants=", 5, 7") == x >> 5 & 0x7F
+    assert compute("bfi.b32", "b32", [x, y], constants=", 16, 8") == (x & 0xFF) << 16 | y & 0xFF00FFFF
 
 
 @given(st.floats(width=32) | st.sampled_from([0.0, -0.0, math.nan, math.inf, 1 + 2**-8, 1 + 3 * 2**-8]))
