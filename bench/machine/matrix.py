@@ -71,6 +71,18 @@ def _entries(value: Value, type_: str, threads: Threads) -> Array:
     return wide.reshape(-1, 32, 2 if type_ in ("f16", "bf16") else 1)
 
 
+def rows_of_registers(values: list[Value], type_: str, threads: Threads, m: int, k: int) -> Array:
+    """(warps, m, k) float64: the left operand that a warp's threads hold in their registers."""
+    pack = 2 if type_ in ("f16", "bf16") else 1
+    a = np.empty((threads.count // 32, m, k))
+    for j, value in enumerate(values):
+        row, column = GROUP + 8 * (j % (m // 8)), pack * PLACE + 4 * pack * (j // (m // 8))
+        entries = _entries(value, type_, threads)
+        for e in range(pack):
+            a[:, row, column + e] = entries[:, :, e]
+    return a
+
+
 @instruction("mma")
 def multiply(operation: Operation) -> Step:
     """d = a b + c by one warp: 16 x 8, or 8 x 8 of float64."""
@@ -89,12 +101,8 @@ def multiply(operation: Operation) -> Step:
     def step(threads: Threads, mask: Mask) -> None:
         threads.warps(mask, operation.instruction)
         warps = threads.count // 32
-        a, b, c = np.empty((warps, m, k)), np.empty((warps, k, n)), np.empty((warps, m, n))
-        for j, value in enumerate(left):
-            row, column = GROUP + 8 * (j % (m // 8)), pack * PLACE + 4 * pack * (j // (m // 8))
-            entries = _entries(value, type_, threads)
-            for e in range(pack):
-                a[:, row, column + e] = entries[:, :, e]
+        a = rows_of_registers(left, type_, threads, m, k)
+        b, c = np.empty((warps, k, n)), np.empty((warps, m, n))
         for j, value in enumerate(right):
             entries = _entries(value, type_, threads)
             for e in range(pack):

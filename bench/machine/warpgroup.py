@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench.machine.matrix import shape
+from bench.machine.matrix import rows_of_registers, shape
 from bench.machine.numbers import Array, halves
 from bench.machine.operation import Operation, Value, Write, instruction, together
 from bench.machine.parse import Fault, Instruction
@@ -61,16 +61,19 @@ def _wait(operation: Operation) -> Step:
 
 
 def _multiply(operation: Operation) -> Step:
-    """d = a b + d, or a b where the predicate says so: 64 x n by 16, both operands given by descriptors."""
+    """d = a b + d, or a b where the predicate says so: 64 x n by 16. b is given by a descriptor, a by one too or
+    in registers, 16 rows a warp as a fragment of mma."""
     (m, n, k), (sum_type, type_, other) = shape(operation), operation.parts[-3:]
     names = operation.vector(0)
     operation.expect(sum_type == "f32" and type_ == other and type_ in ("f16", "bf16") and (m, k) == (64, DEPTH))
-    operation.expect(not operation.arguments[1].startswith("{") and len(names) == n // 2)
-    operation.expect(operation.arguments[4:6] == ["1", "1"])  # neither operand is negated
+    in_registers = operation.arguments[1].startswith("{")
+    operation.expect(len(names) == n // 2 and operation.arguments[4:6] == ["1", "1"])  # neither operand is negated
     accumulators, targets = operation.sources(0, "f32"), operation.targets(0)
-    left, right = operation.source(1, "b64"), operation.source(2, "b64")
+    fragment = operation.sources(1, "b32") if in_registers else []
+    left, right = None if in_registers else operation.source(1, "b64"), operation.source(2, "b64")
+    operation.expect(len(fragment) in (0, 4))
     adds = operation.source(3, "pred")
-    transposed = [argument == "1" for argument in operation.arguments[6:8]]
+    transposed = [argument == "1" for argument in operation.arguments[6:]]  # of those given by descriptors
     # Thread 4 g + t of warp q holds rows 16 q + g and + 8 and of every 8 columns 2 t and 2 t + 1.
     lane, register = np.arange(32)[:, None], np.arange(n // 2)
     row = lane // 4 + 8 * (register // 2 % 2)
@@ -78,8 +81,11 @@ def _multiply(operation: Operation) -> Step:
 
     def step(threads: Threads, mask: Mask) -> None:
         groups = threads.warps(mask, operation.instruction, 128)
-        a = _operand(threads, left, groups, 64, transposed[0], type_, operation.instruction)
-        b = _operand(threads, right, groups, n, transposed[1], type_, operation.instruction)
+        if left is None:
+            a = rows_of_registers(fragment, type_, threads, 16, DEPTH).reshape(-1, 64, DEPTH)[groups]
+        else:
+            a = _operand(threads, left, groups, 64, transposed[0], type_, operation.instruction)
+        b = _operand(threads, right, groups, n, transposed[-1], type_, operation.instruction)
         found = np.zeros((threads.count // 128, 4, 32, n // 2))
         found[groups] = (a @ b.swapaxes(1, 2)).reshape(-1, 4, 16, n)[:, :, row, column]
         products = found.reshape(threads.count, n // 2)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
 
 from . import extension
 
@@ -110,7 +110,9 @@ def register(
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward or _refuse_second, setup_context=setup)
     names.append(name)
     op, direct = getattr(getattr(torch.ops, NAMESPACE), name), _direct(run, setup, backward or _refuse_second)
-    if flops is not None:
+    if flops is not None and find_spec("triton"):  # without it the ops can't run, and PyTorch's counter logs a warning
+        from torch.utils.flop_counter import register_flop_formula
+
         register_flop_formula(op)(flops)
 
     def call(*arguments: Any) -> Any:

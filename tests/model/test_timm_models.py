@@ -59,7 +59,7 @@ except ModuleNotFoundError:
 def test_importing_stvit_is_light(run_python: RunPython) -> None:
     code = """
 import sys, stvit, torch
-heavy = ("timm", "torchvision", "triton", "torch._dynamo")
+heavy = ("timm", "torchvision", "torch._dynamo")
 print(torch.cuda.is_initialized(), [name for name in heavy if name in sys.modules])
 """
     assert run_python("-c", code).stdout == "False []\n"
