@@ -181,7 +181,8 @@ class Training:
         )
 
     def _what_to_do(self) -> str:
-        advice = "try a lower --lr, --clip-grad 1, --amp-dtype bf16, or --detect-anomaly to see where it begins"
+        where = "" if self.args.detect_anomaly else ", or --detect-anomaly to see where it begins"
+        advice = f"try a lower --lr, --clip-grad 1 or --amp-dtype bf16{where}"
         if self.folder is not None and (self.folder / saving.LAST).exists():
             return f"{self.folder / saving.LAST} is from before; {advice}"
         return f"no checkpoint was saved before; {advice}"
