@@ -65,7 +65,7 @@ def blocks(x: Tensor, tile: int) -> Blocks:
     held = -(-channels // width) if channels <= WIDEST else 1
     pixels = max(16, min(power_of_two(tile), ELEMENTS // power_of_two(width * held), 128))
     warps = max(1, min(pixels // 16, 4), power_of_two(pixels * width * held) // 2048)
-    if x.stride(1) != 1:  # lanes side by side can't load channels together, which takes more registers
+    if x.stride(1) != 1 or channels % 8:  # nobody can load channels 16 bytes at a time, which takes more registers
         warps = max(warps, min(2 * warps, 4))
     return Blocks(pixels, width, warps, held)
 

