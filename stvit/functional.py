@@ -18,8 +18,8 @@ from .checks import (
     check_attention,
     check_branch,
     check_depthwise,
+    check_matching,
     check_norm,
-    check_pixels,
     check_sampling,
     check_upsampling,
 )
@@ -221,10 +221,13 @@ def batch_norm_and_skip(
         backend: "auto", "triton", "cuda" or "reference", of the backward.
 
     Raises:
-        TypeError, ValueError: for x, or where a channel has a single value, as PyTorch does.
+        TypeError, ValueError: naming the argument and what was expected, before anything is computed; where a channel
+            has a single value, as PyTorch does.
         BackendError: the backend named can't run; every reason is listed.
     """
-    check_pixels(x)
+    eps = check_norm(x, weight, bias, eps)
+    for statistic, argument in ((running_mean, "running_mean"), (running_var, "running_var")):
+        check_matching(statistic, argument, x, (x.shape[1],))
     name = dispatch.choose_for_block(backend, x)
     if name == "reference" or x.numel() <= x.shape[1]:  # one value of each channel is an error of PyTorch
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), x

@@ -199,3 +199,12 @@ def test_one_value_a_channel_is_the_error_of_pytorch(device: str) -> None:
     weight = torch.ones(3, device=device)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         batch_norm_and_skip(torch.randn(1, 3, 1, 1, device=device), weight, weight, *statistics(weight))
+
+
+@pytest.mark.parametrize("argument", ["weight", "bias", "running_mean", "running_var"])
+def test_a_vector_of_another_length_is_named(argument: str, device: str) -> None:
+    """PyTorch's native_batch_norm reads beyond a weight that is too short."""
+    given = {name: torch.ones(3, device=device) for name in ("weight", "bias", "running_mean", "running_var")}
+    given[argument] = torch.ones(2, device=device)
+    with pytest.raises(ValueError, match=rf"^{argument}: expected .*\(3,\)"):
+        batch_norm_and_skip(torch.randn(2, 3, 2, 2, device=device), **given)
