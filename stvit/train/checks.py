@@ -19,6 +19,8 @@ COUNTS = {  # flag: the least whole number
     "max_bad_images": 0,
     "throughput": 0,
     "num_classes": 1,
+    "train_num_samples": 1,
+    "val_num_samples": 1,
     "processes": 1,
     "grad_accum_steps": 1,
     "recount": 1,

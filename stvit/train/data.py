@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import transforms
 from torchvision.datasets import CIFAR100
 
+from stvit.train import streams
 from stvit.train.distributed import Process
 from stvit.train.errors import UserError
 from stvit.train.folders import Folder, INaturalist, find_classes, subfolder
-from stvit.train.listed import is_timm_name, list_or_tar, timm_sets
+from stvit.train.listed import is_stream, is_timm_name, list_or_tar, timm_sets
 from stvit.train.loader import BadImages, Feeder, Order, ShardSampler, Testing, Training
 from stvit.train.saving import Saved
 from stvit.train.signals import ignore_in_worker
@@ -146,6 +148,8 @@ def build_sets(args: argparse.Namespace, saved: Saved | None, world_size: int = 
     if args.data_set == "DIGITS":
         sets = [Digits(train, args.input_size, augment[train]) for train in parts]
         return Sets(None if args.eval else sets[0], sets[-1], 10)
+    if is_stream(args.data_set):
+        return Sets(*streams.sets(args, augment))
     if is_timm_name(args.data_set):
         return Sets(*timm_sets(args, augment))
     if not args.data_path:
@@ -206,32 +210,48 @@ def build_data(args: argparse.Namespace, process: Process, saved: Saved | None =
     """
     sets = build_sets(args, saved, process.world_size)
     bad = BadImages(args.max_bad_images, lambda text: print(f"main.py: {text}", file=sys.stderr))
-    common: dict[str, Any] = {
+    options: dict[str, Any] = {
         "num_workers": args.num_workers,
         "persistent_workers": args.num_workers > 0,
         "pin_memory": args.pin_mem and process.device.type == "cuda",
         "worker_init_fn": ignore_in_worker,
     }
+    of_feeder = (process.device, args.channels_last, bad, sets.num_classes)
+    stream = isinstance(sets.test, streams.Stream)
+    training: Any
+    training, testing = (streams.training, streams.testing) if stream else (_training, _testing)
     train, order, steps = None, None, 0
     if sets.train is not None:
-        order = Order(_sampler(sets.train, args, process), args.seed, process)
+        train, order = training(sets.train, args, process, options, of_feeder)
         steps = len(order) // args.batch_size // args.grad_accum_steps
         if not steps:
             raise UserError(_too_few(len(order), args))
-        training = Training(sets.train, args.seed, args.max_bad_images)
-        loader = DataLoader(training, args.batch_size, sampler=order, drop_last=True, **common)
-        train = Feeder(loader, process.device, args.channels_last, bad)
-    testing = Testing(sets.test, args.input_size, args.max_bad_images)
-    shard = ShardSampler(sets.test, process)
-    tests = DataLoader(testing, int(1.5 * args.batch_size), sampler=shard, drop_last=False, **common)
-    test = Feeder(tests, process.device, args.channels_last, bad)
+    test = testing(sets.test, args, process, options, of_feeder)
     counts = f"{len(sets.test):,} test images"
     if sets.train is not None:
         counts = f"{len(sets.train):,} training and {counts}"
     where = f" {args.data_path}" if args.data_path and args.data_set != "DIGITS" else ""
     size = args.input_size
     description = f"{args.data_set}{where}: {counts}, {sets.num_classes} classes, {size} x {size} pixels"
+    if stream and train is not None and args.repeated_aug:
+        description += "; a stream, hence without --repeated-aug"
     return Data(train, order, test, steps, sets.num_classes, sets.classes, bad, description)
+
+
+def _training(
+    data: Any, args: argparse.Namespace, process: Process, options: dict[str, Any], of_feeder: Any
+) -> tuple[Feeder, Order]:
+    order = Order(_sampler(data, args, process), args.seed, process)
+    images = Training(data, args.seed, args.max_bad_images)
+    loader = DataLoader(images, args.batch_size, sampler=order, drop_last=True, **options)
+    return Feeder(loader, len(loader), *of_feeder), order
+
+
+def _testing(data: Any, args: argparse.Namespace, process: Process, options: dict[str, Any], of_feeder: Any) -> Feeder:
+    images = Testing(data, args.input_size, args.max_bad_images)
+    size = int(1.5 * args.batch_size)
+    loader = DataLoader(images, size, sampler=ShardSampler(data, process), drop_last=False, **options)
+    return Feeder(loader, math.ceil(len(data) // process.world_size / size), *of_feeder)
 
 
 def _sampler(train_set: Any, args: argparse.Namespace, process: Process) -> Any:

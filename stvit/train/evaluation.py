@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from stvit.train.console import Task
 from stvit.train.distributed import Process
 from stvit.train.engine import Precision
+from stvit.train.errors import UserError
 from stvit.train.loader import UNREADABLE, Feeder
 
 
@@ -39,12 +39,13 @@ def evaluate(
     """Cross entropy and top-1, top-5 accuracy; each process takes its share of the images and counts are summed.
 
     ``after_batch`` is called equally often in every process, whose shares may differ by a batch.
+
+    Raises:
+        UserError: where there is no image to evaluate.
     """
     began = time.perf_counter()
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # loss, right at 1, right within 5, images
-    smallest = len(feeder.loader.dataset) // process.world_size  # type: ignore[arg-type]
-    common = math.ceil(smallest / (feeder.loader.batch_size or 1))  # batches that every process has
     for done, (images, targets) in enumerate(feeder, 1):
         with precision.autocast():
             outputs = model(images)
@@ -54,9 +55,10 @@ def evaluate(
         counted = (targets != UNREADABLE).sum()
         sums += torch.stack([value.double() for value in (loss, hits[:, 0].sum(), hits.sum(), counted)])
         task.show(done, "evaluating")
-        if done <= common:
+        if done <= feeder.common:
             after_batch()
     loss_sum, right1, right5, total = process.sum(sums.tolist())
-    share = 100 / max(1, total)
+    if not total:
+        raise UserError("none of the test images could be read")
     seconds = max(1e-9, time.perf_counter() - began)
-    return Accuracy(loss_sum / max(1, total), right1 * share, right5 * share, int(total), total / seconds)
+    return Accuracy(loss_sum / total, 100 * right1 / total, 100 * right5 / total, int(total), total / seconds)

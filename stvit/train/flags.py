@@ -57,7 +57,7 @@ def _cpus() -> int:
 
 def _data_set(name: str) -> str:
     if name not in DATA_SETS and "/" not in name:
-        raise argparse.ArgumentTypeError(f"{name}: expected {', '.join(DATA_SETS)}, hfds/NAME or torch/NAME")
+        raise argparse.ArgumentTypeError(f"{name}: expected {', '.join(DATA_SETS)}, or timm's PREFIX/NAME")
     return name
 
 
@@ -72,11 +72,18 @@ def _data_flags(parser: Parser) -> None:
     add("--data-set", "--dataset", default=None, type=_data_set, metavar="NAME", help="DIGITS: scikit-learn's digits. "
         "FOLDER: DIR/{train,val or test}/CLASS/*.jpg, or train and val as .csv (lines PATH,CLASS) or .tar. IMNET: the "
         "same with 1000 classes. CIFAR: CIFAR-100 as torchvision keeps it. INAT, INAT19: iNaturalist 2018, 2019. "
-        "SYNTHETIC: random images. hfds/NAME, torch/NAME: timm's. Only hfds/ downloads what it doesn't find "
+        "SYNTHETIC: random images. hfds/NAME, torch/NAME, and the streams wds/, tfds/NAME, hfids/NAME: timm's. Only "
+        "hfds/ and hfids/ download what they don't find "
         "(default: IMNET with --data-path, otherwise DIGITS)")
     add("--train-split", default="train", metavar="NAME", help="for timm's data sets")
     add("--val-split", default="validation", metavar="NAME", help="for timm's data sets")
     add("--num-classes", default=None, type=int, metavar="N", help="for a data set of timm's that doesn't tell")
+    add("--train-num-samples", default=None, type=int, metavar="N", help="training images, for a stream that doesn't "
+        "tell")
+    add("--val-num-samples", default=None, type=int, metavar="N", help="test images, likewise")
+    add("--input-key", default="", metavar="NAME", help="where hfds/, wds/ and the like keep the image "
+        "(default: theirs)")
+    add("--target-key", default="", metavar="NAME", help="where they keep the label (default: theirs)")
     add("--synthetic", action="store_true", help="short for --data-set SYNTHETIC: random images, to measure or try a "
         "machine without data")
     add("--data-path", "--data-dir", default="", metavar="DIR", help="where the data set lies")

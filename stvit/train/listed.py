@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,13 @@ from stvit.train.errors import UserError
 from stvit.train.images import as_rgb, read_image
 
 STREAMS = ("wds", "tfds", "hfids")
+# What timm's names need: the package to import, and what pip calls it.
+PACKAGES = {
+    "wds": ("webdataset", "webdataset"),
+    "tfds": ("tensorflow_datasets", "tensorflow tensorflow-datasets"),
+    "hfds": ("datasets", "datasets"),
+    "hfids": ("datasets", "datasets"),
+}
 Transform = Callable[[Any], Any]
 
 
@@ -55,21 +65,9 @@ class Listed(Dataset[Any]):
 class FromTimm(Dataset[Any]):
     """A data set of `timm.data.create_dataset` whose unreadable images are named instead of replaced."""
 
-    def __init__(
-        self, name: str, root: str, split: str, transform: Transform, class_map: dict[str, int] | None
-    ) -> None:
-        """Nothing is downloaded.
-
-        Raises:
-            UserError: where timm can't make it.
-        """
-        options = {} if class_map is None else {"class_map": class_map}
-        try:
-            self.data = create_dataset(name, root=root or None, split=split, search_split=False, **options)
-        except Exception as error:  # whatever the libraries behind the names raise
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"--data-set {name or 'FOLDER'} {root}: {text[0]}") from error
-        self.transform = transform
+    def __init__(self, data: Any, transform: Transform) -> None:
+        """``data`` is timm's."""
+        self.data, self.transform = data, transform
         self.reader = getattr(self.data, "reader", None)
 
     @property
@@ -96,26 +94,75 @@ def is_timm_name(name: str) -> bool:
     return "/" in name
 
 
+def is_stream(name: str) -> bool:
+    """Whether a ``--data-set`` is one of timm's streams, such as wds/."""
+    return is_timm_name(name) and name.split("/")[0].lower() in STREAMS
+
+
+def create(name: str, root: str, **options: Any) -> Any:
+    """timm's data set of this name; nothing is downloaded but by hfds/.
+
+    Raises:
+        UserError: where timm can't make it, for want of a package say.
+    """
+    module, packages = PACKAGES.get(name.split("/")[0].lower(), ("timm", ""))
+    if find_spec(module) is None:
+        raise UserError(f"--data-set {name} needs another package: pip install {packages}")
+    with _warnings() as warned:
+        try:
+            return create_dataset(name, root=root or None, search_split=False, **options)
+        except Exception as error:  # whatever the libraries behind the names raise
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"--data-set {name or 'FOLDER'} {root}: {'; '.join([text[0], *warned])}") from error
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What timm warns of meanwhile, such as a file that is there in some data sets only; it isn't printed."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("timm")
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
+
+
+def keys(args: argparse.Namespace) -> dict[str, str]:
+    """Where image and label are in a record, where a flag says so."""
+    given = {"input_key": args.input_key, "target_key": args.target_key}
+    return {name: key for name, key in given.items() if key}
+
+
 def timm_sets(args: argparse.Namespace, augment: dict[bool, Transform]) -> tuple[Any, Any, int, list[str] | None]:
     """Training set (None when only evaluating), test set, number of classes, their names where known.
 
     Raises:
         UserError: where timm can't make them, or the number of classes isn't known.
     """
-    name = args.data_set
-    if name.split("/")[0].lower() in STREAMS:
-        raise UserError(
-            f"--data-set {name}: a stream can't be resumed where it was; take train.tar and val.tar, hfds/ or folders"
-        )
-    train = None
-    if not args.eval:
-        train = FromTimm(name, args.data_path, args.train_split, augment[True], None)
-    test = FromTimm(name, args.data_path, args.val_split, augment[False], None)
-    classes = (train or test).classes
+
+    def made(split: str, train: bool) -> FromTimm:
+        return FromTimm(create(args.data_set, args.data_path, split=split, **keys(args)), augment[train])
+
+    train = None if args.eval else made(args.train_split, True)
+    test = made(args.val_split, False)
+    return train, test, *number_of_classes(args, (train or test).classes)
+
+
+def number_of_classes(args: argparse.Namespace, classes: dict[str, int] | None) -> tuple[int, list[str] | None]:
+    """How many classes a set of timm's has, and their names where it tells them.
+
+    Raises:
+        UserError: where neither it nor a flag tells the number.
+    """
     number = args.num_classes or (len(classes) if classes else 0)
     if not number:
-        raise UserError(f"--data-set {name} doesn't tell how many classes it has: --num-classes N")
-    return train, test, number, list(classes) if classes else None
+        raise UserError(f"--data-set {args.data_set} doesn't tell how many classes it has: --num-classes N")
+    return number, list(classes) if classes else None
 
 
 def list_or_tar(
@@ -133,7 +180,8 @@ def list_or_tar(
     def build(path: Path, train: bool, classes: dict[str, int] | None) -> Any:
         if path.suffix == ".csv":
             return Listed(path, augment[train], classes)
-        return FromTimm("", str(path), "", augment[train], classes)
+        options = {} if classes is None else {"class_map": classes}
+        return FromTimm(create("", str(path), **options), augment[train])
 
     first = build(train_file, not args.eval, known) if train_file else None
     test = build(test_file, False, known or (first.classes if first else None))

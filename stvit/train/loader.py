@@ -110,10 +110,20 @@ class Feeder:
     ``waited`` counts the seconds that the training process spent waiting for data, ``bad`` the unreadable images.
     """
 
-    def __init__(self, loader: DataLoader[Any], device: torch.device, channels_last: bool, bad: BadImages) -> None:
-        self.loader, self.device, self.bad = loader, device, bad
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        common: int,
+        device: torch.device,
+        channels_last: bool,
+        bad: BadImages,
+        num_classes: int,
+    ) -> None:
+        """``common``: how many batches every process has at least."""
+        self.loader, self.common, self.device, self.bad, self.num_classes = loader, common, device, bad, num_classes
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.waited = 0.0
+        self._running: Any = None  # the loader's iterator, which has its processes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         shape = (1, 3, 1, 1)
         self._mean = torch.tensor(IMAGENET_DEFAULT_MEAN, device=device).view(shape)
@@ -124,8 +134,9 @@ class Feeder:
 
     def close(self) -> None:
         """End the loader's processes."""
-        iterator, self.loader._iterator = self.loader._iterator, None
-        shutdown = getattr(iterator, "_shutdown_workers", None)  # PyTorch ends them in a destructor only
+        running = self.loader._iterator if self._running is None else self._running
+        self._running = self.loader._iterator = None
+        shutdown = getattr(running, "_shutdown_workers", None)  # PyTorch ends them in a destructor only
         if shutdown is not None:
             shutdown()
 
@@ -143,13 +154,18 @@ class Feeder:
             yield self._arrived(*ready)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the loader gives, with the time that it takes."""
-        iterator = None
+        """What the loader gives, with the time that it takes.
+
+        Raises:
+            UserError: for a label that is none of the classes'.
+        """
+        self._running = None
         while True:
             began = time.perf_counter()
             try:
-                iterator = iter(self.loader) if iterator is None else iterator
-                images, targets, bad = next(iterator)
+                if self._running is None:
+                    self._running = iter(self.loader)
+                images, targets, bad = next(self._running)
             except StopIteration:
                 return
             except RuntimeError as error:
@@ -161,6 +177,8 @@ class Feeder:
                 ) from None
             self.waited += time.perf_counter() - began
             self.bad.add(bad)
+            if (label := int(targets.max())) >= self.num_classes:
+                raise UserError(f"an image has label {label}; labels of {self.num_classes} classes are below that")
             yield images, targets
 
     def _copied(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Any]:

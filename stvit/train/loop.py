@@ -110,6 +110,8 @@ class Training:
 
     def _train_epoch(self, log: Log, stop: StopRequest, task: Task) -> Trained:
         args, state = self.args, self.state
+        if not self.feeder.loader.persistent_workers:
+            self._wait()  # as above
         self.data.order.start(state.epoch, state.batch * args.batch_size)
         self.drop_path.set(state.epoch)
         meter = Meter(state, self.process, log, task, args.epochs, self.accuracies)

@@ -1,12 +1,13 @@
 """Runs the training program again and again, each time killed at a given moment, then to its end.
 
 A program of its own, so that it imports everything once and forks for each attempt. It reads jobs from standard input,
-a JSON object a line: {"arguments": [...], "processes": N, "kills": [[signal, event, count, rank], ...], "output": ...}.
-In each attempt process `rank` gets `signal` at the count-th `event` (SIGTERM goes to all processes, as launchers send
-them); the file `output` takes what they print. It answers a line for each job: the exit codes of each attempt, minus
-the signal where one killed.
+a JSON object a line: {"arguments": [...], "processes": N, "kills": [[signal, event, count, rank], ...], "output": ...,
+"plant": ...}. In each attempt process `rank` gets `signal` at the count-th `event` (SIGTERM goes to all processes, as
+launchers send them); the file `output` takes what they print; `plant` names a module to import first, if any. It
+answers a line for each job: the exit codes of each attempt, minus the signal where one killed.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -69,7 +70,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def attempt(arguments, world_size, kill, output):
+def attempt(arguments, world_size, kill, output, plant):
     port, group = str(free_port()), []
     killer = os.getpid()  # one of several where tests run side by side, each with its own group
 
@@ -92,6 +93,8 @@ def attempt(arguments, world_size, kill, output):
                         "MASTER_PORT": port,
                     }
                 pid_of(rank).write_text(str(os.getpid()))
+                if plant:
+                    importlib.import_module(plant)
 
                 def processes():
                     return [int(pid_of(rank).read_text()) for rank in range(world_size)]
@@ -135,7 +138,7 @@ def work():
         job = json.loads(line)
         with open(job["output"], "a") as output:
             kills = [*job["kills"], None]
-            codes = [attempt(job["arguments"], job["processes"], kill, output) for kill in kills]
+            codes = [attempt(job["arguments"], job["processes"], kill, output, job["plant"]) for kill in kills]
         print(json.dumps(codes), flush=True)
 
 

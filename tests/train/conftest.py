@@ -30,16 +30,17 @@ def trained(photos, tmp_path_factory):
 @pytest.fixture(scope="session")
 def train(tmp_path_factory):
     """The program killed as `train_killer.py` says, then run to its end: (exit codes, what was printed)."""
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, "-m", "tests.support.train_killer"]
     output = tmp_path_factory.mktemp("killer") / "output"
     with subprocess.Popen(
         command, env=environ, text=True, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as killer:
 
-        def run(arguments, kills=(), processes=1):
+        def run(arguments, kills=(), processes=1, plant=""):
             output.write_text("")
             job = {"arguments": arguments, "processes": processes, "kills": list(kills), "output": str(output)}
+            job["plant"] = plant
             killer.stdin.write(json.dumps(job) + "\n")
             killer.stdin.flush()
             codes = json.loads(killer.stdout.readline())

@@ -270,7 +270,7 @@ def test_data_sets_of_timm(tmp_path, monkeypatch):
     sets = build_sets(parse_args(arguments), None)
     assert sets.classes == ["oak"] and sets.test[0][0].shape == (3, 8, 8)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for name, reason in (("hfds/food101", "atasets"), ("wds/shards", "resumed"), ("torch/nothing", "nothing")):
+    for name, reason in (("hfds/food101", "atasets"), ("torch/nothing", "nothing")):
         with pytest.raises(UserError, match=reason):
             build_sets(parse_args(["--dataset", name, "--data-dir", str(tmp_path)]), None)
 
@@ -294,6 +294,7 @@ def test_a_reader_of_timm(monkeypatch):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (1, 2, 3)).save(buffer, "png")
     files = [buffer.getvalue(), b"damaged"]
+    monkeypatch.setattr(listed, "PACKAGES", {})
     monkeypatch.setattr(listed, "create_dataset", lambda name, **options: Set())
     arguments = ["--dataset", "hfds/birds", "--input-size", "8", "--crop-pct", "1"]
     with pytest.raises(UserError, match="--num-classes"):
