@@ -244,9 +244,10 @@ def residual_depthwise_backward_kernel(
             sums = added + (sums[9] + tl.where(in_image, d[4], 0.0),)
             if GELU:
                 slope *= steepness
-            if X_BIAS:
-                sum_x += tl.where(in_image, slope, 0.0)
-            tl.store(dx + tl.cast(dx_row, tl.int64) * j, slope.to(dx.dtype.element_ty), mask=seen)
+            rounded = slope.to(dx.dtype.element_ty)
+            if X_BIAS:  # of what is written, so that a product of it can cancel the sum (batch_norm_conv.py)
+                sum_x += tl.where(in_image, rounded.to(ACCUMULATOR), 0.0)
+            tl.store(dx + tl.cast(dx_row, tl.int64) * j, rounded, mask=seen)
         left, here = here, right
         x += x_column
         dx += dx_column
