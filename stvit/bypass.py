@@ -54,3 +54,19 @@ def bias_apart(conv: nn.Module) -> Tensor | None:
     another.
     """
     return conv.bias if isinstance(conv, nn.Conv2d) and plain(conv, nn.Conv2d) else None
+
+
+def norm_apart(norm: nn.Module, backend: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float, float] | None:
+    """Weight, bias, running mean and variance, momentum and eps of a BatchNorm in training, for an op; the batch is
+    counted. None where the module is to be called: another class, in evaluation, or not as PyTorch makes it."""
+    if not (
+        isinstance(norm, nn.BatchNorm2d) and plain(norm, nn.BatchNorm2d) and norm.training and by_kernels(backend, x)
+    ):
+        return None
+    mean, variance, momentum = norm.running_mean, norm.running_var, norm.momentum
+    usual = norm.affine and norm.track_running_stats
+    if not usual or mean is None or variance is None or momentum is None:
+        return None
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    return norm.weight, norm.bias, mean, variance, momentum, norm.eps

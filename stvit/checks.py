@@ -192,6 +192,25 @@ def check_norm(x: Any, weight: Any, bias: Any, eps: Any) -> float:
     return eps
 
 
+def check_batch_norm(x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, eps: Any) -> float:
+    """As `check_norm`, and that the running statistics are (C,)."""
+    eps = check_norm(x, weight, bias, eps)
+    for statistic, argument in ((running_mean, "running_mean"), (running_var, "running_var")):
+        check_matching(statistic, argument, x, (x.shape[1],))
+    return eps
+
+
+def check_conv(x: Tensor, conv: Any) -> tuple[Tensor, Tensor]:
+    """That `conv` is a weight (K, C, 1, 1) and a bias (K,) for pixels x (B, C, H, W)."""
+    if not isinstance(conv, (tuple, list)) or len(conv) != 2:
+        raise TypeError(f"conv: expected a weight (K, C, 1, 1) and a bias (K,), got {type(conv).__name__}")
+    weight, bias = conv
+    outputs = weight.shape[0] if isinstance(weight, Tensor) and weight.dim() else 1
+    check_matching(weight, "conv", x, (outputs, x.shape[1], 1, 1))
+    check_matching(bias, "conv", x, (outputs,))
+    return weight, bias
+
+
 def check_attention(tokens: Any, num_heads: Any, scale: Any, dropout: Any) -> None:
     """That tokens (B, N, 3C) divide into heads, and that scale and dropout are floats that make sense."""
     if not isinstance(tokens, Tensor):

@@ -12,13 +12,15 @@ from torch import Tensor
 from . import reference
 from .backends import dispatch
 from .backends.batch_norm import BatchNormAndSkip
+from .backends.batch_norm_conv import BatchNormConvAndSkip
 from .backends.channel_layer_norm import NormAndSkip
 from .backends.registry import ops
 from .checks import (
     check_attention,
+    check_batch_norm,
     check_branch,
+    check_conv,
     check_depthwise,
-    check_matching,
     check_norm,
     check_sampling,
     check_upsampling,
@@ -32,6 +34,7 @@ for _name in (
     "token_upsampling",
     "residual_depthwise",
     "batch_norm_and_skip",
+    "batch_norm_conv_and_skip",
     "channel_layer_norm",
     "channel_layer_norm_and_skip",
     "residual_branch",
@@ -135,7 +138,8 @@ def residual_depthwise(
         weight, bias: (C, 1, 3, 3) and (C,) of a depthwise convolution with padding 1, on x's device, any float dtype.
         gelu: whether GELU comes first. Only x is saved for the backward, either way.
         backend: "auto", "triton", "cuda" or "reference".
-        x_bias: (C,), added to x first: the bias of the 1x1 convolution that x comes from, or None.
+        x_bias: (C,), added to x first: the bias of the 1x1 convolution that x comes from, or None. Kernels sum its
+            gradient over that of x as it is rounded.
 
     Returns:
         (B, C, H, W) in x's dtype and memory format.
@@ -225,15 +229,61 @@ def batch_norm_and_skip(
             has a single value, as PyTorch does.
         BackendError: the backend named can't run; every reason is listed.
     """
-    eps = check_norm(x, weight, bias, eps)
-    for statistic, argument in ((running_mean, "running_mean"), (running_var, "running_var")):
-        check_matching(statistic, argument, x, (x.shape[1],))
+    eps = check_batch_norm(x, weight, bias, running_mean, running_var, eps)
     name = dispatch.choose_for_block(backend, x)
     if name == "reference" or x.numel() <= x.shape[1]:  # one value of each channel is an error of PyTorch
         return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), x
     with torch.no_grad():
         y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
     return BatchNormAndSkip.apply(x, weight, bias, y, mean, rstd, name)
+
+
+def batch_norm_conv_and_skip(
+    x: Tensor,  # (B, C, H, W)
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    backend: str = "auto",
+    *,
+    conv: tuple[Tensor, Tensor],  # (K, C, 1, 1) and (K,)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, rest, x): BatchNorm of x in training and the 1x1 convolution behind it, for the start of a residual branch.
+
+    The convolution is y + rest; whoever reads y next adds `rest`, as `residual_depthwise` does (`x_bias`). Kernels fold
+    the norm into the convolution's weight for this batch, so that its output is neither written nor saved: 4 X less
+    than `batch_norm_and_skip` and a convolution move, X being the bytes of x.
+
+    Args:
+        x: pixels (B, C, H, W), as for `super_token_sampling`. The norm is folded where x is contiguous in channels_last
+            and of the dtype that products run in.
+        weight, bias, running_mean, running_var: (C,), as `torch.nn.BatchNorm2d` holds them; the last two are updated.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+        backend: "auto", "triton", "cuda" or "reference", of the fold and of the backward.
+        conv: weight (K, C, 1, 1) and bias (K,) of the convolution.
+
+    Returns:
+        y (B, K, H, W); `rest` (K,), whose gradient has to be that of the whole bias, as it is where it is added to y;
+        and x, for the skip connection: the backward adds its gradient where it writes that of the norm.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was expected, before anything is computed; where a channel
+            has a single value, as PyTorch does.
+        BackendError: the backend named can't run; every reason is listed.
+    """
+    eps = check_batch_norm(x, weight, bias, running_mean, running_var, eps)
+    conv_weight, conv_bias = check_conv(x, conv)
+    name = dispatch.choose_for_block(backend, x)
+    whole = x.is_contiguous(memory_format=torch.channels_last) and x.dtype == autocast_dtype(x)
+    if name == "reference" or not whole or x.numel() <= x.shape[1]:
+        y, skip = batch_norm_and_skip(x, weight, bias, running_mean, running_var, momentum, eps, backend)
+        return F.conv2d(y, conv_weight.to(y.dtype)), conv_bias, skip
+    with torch.no_grad():
+        mean, rstd = ops.batch_norm_statistics(x, running_mean, running_var, momentum, eps, name)
+    return BatchNormConvAndSkip.apply(x, weight, bias, conv_weight, conv_bias, mean, rstd, name)
 
 
 def multi_head_attention(

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from . import functional
 from .backends import dispatch
-from .bypass import bias_apart, by_kernels, idle, plain, silent
+from .bypass import bias_apart, by_kernels, idle, norm_apart, plain, silent
 from .checks import check_pixels, stoken_pair
 from .tensors import autocast, autocast_dtype, is_channels_last, laid_out, transformed
+
+FOLDED = (torch.bfloat16,)  # dtypes in which the MLP's norm is folded into its first convolution
 
 # Steps of their own to torch.fx, whose proxies have neither shape nor strides.
 for _name in ("_check_channels", "_drop_factors", "_in_format_of", "autocast"):
@@ -112,10 +114,28 @@ class Mlp(nn.Module):
 
     def without_bias(self, x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
         """(y, bias): the MLP of x before fc2's bias (dim,) is added, or all of it and None where that can't wait."""
-        bias = bias_apart(self.fc2) if idle(self.drop) and by_kernels(backend, x) else None
+        return self._second(self._hidden(x), backend)
+
+    def behind_fc1(self, product: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+        """As `without_bias`, of fc1's output product + bias; only where `takes_norm`."""
+        return self._second(self.conv(product, bias), backend)
+
+    def takes_norm(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """fc1's weight and bias, where a norm of x may be folded into it and part of a bias left to the depthwise op.
+
+        float16 can't hold the fold's bias where means are large; float32 products would have to be TF32's to be fast.
+        """
+        ready = x.dtype == autocast_dtype(x) and x.is_contiguous(memory_format=torch.channels_last)
+        if not (ready and x.dtype in FOLDED and self._depthwise_follows() and by_kernels(self.conv.backend, x)):
+            return None
+        bias = bias_apart(self.fc1)
+        return None if bias is None else (self.fc1.weight, bias)
+
+    def _second(self, hidden: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+        bias = bias_apart(self.fc2) if idle(self.drop) and by_kernels(backend, hidden) else None
         if bias is None:
-            return self(x), None
-        return F.conv2d(self._hidden(x), self.fc2.weight), bias
+            return self.drop(self.fc2(hidden)), None
+        return F.conv2d(hidden, self.fc2.weight), bias
 
     def _hidden(self, x: Tensor) -> Tensor:
         """What fc2 takes, (B, hidden_dim, H, W). fc1's bias goes into the depthwise op where nothing lies between."""
@@ -409,24 +429,15 @@ class SuperTokenBlock(nn.Module):
             x = self.attn(y, x, gamma_1, self.drop_path)
         else:
             x = self._joined(x, self.attn(y), None, gamma_1)
-        y, x = self._batch_norm_and_skip(x)
-        if plain(self.mlp2, Mlp) and plain(self.drop_path, DropPath):
-            return self._joined(x, *self.mlp2.without_bias(y, self.backend), gamma_2)
-        return self._joined(x, self.mlp2(y), None, gamma_2)
-
-    def _batch_norm_and_skip(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm2 of x, x for the skip connection); in training by an op whose backward adds both gradients."""
-        norm = self.norm2
-        if not (plain(norm, nn.BatchNorm2d) and norm.training and by_kernels(self.backend, x)):
-            return norm(x), x
-        mean, variance, momentum = norm.running_mean, norm.running_var, norm.momentum
-        usual = norm.affine and norm.track_running_stats
-        if not usual or mean is None or variance is None or momentum is None:
-            return norm(x), x
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-        given = (norm.weight, norm.bias, mean, variance, momentum, norm.eps)
-        return functional.batch_norm_and_skip(x, *given, self.backend)
+        given = norm_apart(self.norm2, self.backend, x)
+        apart = plain(self.mlp2, Mlp) and plain(self.drop_path, DropPath)
+        conv = self.mlp2.takes_norm(x) if apart and given is not None else None
+        if given is not None and conv is not None:
+            y, rest, x = functional.batch_norm_conv_and_skip(x, *given, self.backend, conv=conv)
+            return self._joined(x, *self.mlp2.behind_fc1(y, rest, self.backend), gamma_2)
+        y, x = (self.norm2(x), x) if given is None else functional.batch_norm_and_skip(x, *given, self.backend)
+        y, bias = self.mlp2.without_bias(y, self.backend) if apart else (self.mlp2(y), None)
+        return self._joined(x, y, bias, gamma_2)
 
     def _joined(self, x: Tensor, y: Tensor, bias: Tensor | None, gamma: Tensor | None) -> Tensor:
         """x + drop_path(gamma * (y + bias))."""

@@ -96,18 +96,21 @@ def register(
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
+    changes: tuple[str, ...] = (),
 ) -> None:
     """Defines the op NAMESPACE::`name` for every device, adds it to `names` and makes it an attribute of `ops`.
 
     The schema is that of `run`'s annotations. `setup` saves for `backward`; the gradient of an op without them is an
     error, not a result that leaves the op out. `flops` tells PyTorch's FlopCounterMode, which hands it `run`'s
     arguments with shapes in the place of tensors, what it counts of the reference: products of matrices, convolutions.
+    `changes` names the arguments that are written in place; such an op has no gradient.
     """
-    schema = torch.library.infer_schema(run, mutates_args=())
+    schema = torch.library.infer_schema(run, mutates_args=changes)
     torch.library.define(f"{NAMESPACE}::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"{NAMESPACE}::{name}", "default", run)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward or _refuse_second, setup_context=setup)
+    if not changes:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward or _refuse_second, setup_context=setup)
     names.append(name)
     op, direct = getattr(getattr(torch.ops, NAMESPACE), name), _direct(run, setup, backward or _refuse_second)
     if flops is not None and find_spec("triton"):  # without it the ops can't run, and PyTorch's counter logs a warning

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from stvit import modules
 from stvit.backends import registry
 from stvit.model import STViT
 from stvit.modules import SuperTokenBlock
@@ -57,12 +58,16 @@ def arguments(device: str) -> dict[str, tuple[Any, ...]]:
         "channel_layer_norm, half y": (pixels(grad=True), vector, parameter(5, grad=True), 1e-6, half),
         "channel_layer_norm_backward": (pixels(), None, pixels(), vector.detach(), mean, rstd),
         "channel_layer_norm_backward, skip": (pixels(dtype=half), pixels(), pixels(), vector.detach(), mean, rstd),
-        "batch_norm_backward": (pixels(), None, pixels(), vector.detach(), *torch.rand(2, 5, device=device)),
+        "batch_norm_backward": (pixels(), None, pixels(), vector.detach(), *torch.rand(2, 5, device=device), None),
         "batch_norm_backward, skip, half": (
             *(pixels(dtype=half) for _ in range(3)),
             vector.detach(),
             *torch.rand(2, 5, device=device),
+            parameter(2, 5),
         ),
+        "batch_norm_statistics": (pixels(), parameter(5), torch.rand(5, device=device), 0.1, 1e-5),
+        "batch_norm_conv": (parameter(7, 5), parameter(7), *(parameter(5) for _ in range(4)), half),
+        "batch_norm_conv_backward": (parameter(7, 5), parameter(7), parameter(7, 5), *(parameter(5) for _ in range(4))),
         "residual_branch": (pixels(grad=True), pixels(grad=True), vector, keep, None),
         "residual_branch, bias": (pixels(grad=True), pixels(grad=True), vector, keep, parameter(5, grad=True)),
         "residual_branch, bias alone": (pixels(grad=True), pixels(grad=True), None, None, parameter(5, grad=True)),
@@ -145,10 +150,16 @@ def fresh_compiler() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("backend", "layerscale"), [("reference", 0), ("triton", 0), ("triton", 1)])
+@pytest.mark.parametrize(
+    ("backend", "layerscale", "folded"),
+    [("reference", 0, False), ("triton", 0, False), ("triton", 1, False), ("triton", 1, True)],
+)
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_blocks_equal_eager_ones(layerscale: int, backend: str, device: str) -> None:
+def test_compiled_blocks_equal_eager_ones(
+    layerscale: int, backend: str, folded: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One graph, forward and backward, drop-path's random stream included; no compilation after the second batch."""
+    monkeypatch.setattr(modules, "FOLDED", (torch.float64,) if folded else ())
     blocks = Small(backend, layerscale).to(device, torch.float64).to(memory_format=torch.channels_last)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(copy.deepcopy(blocks), fullgraph=True, backend=counter)
@@ -199,9 +210,16 @@ def calls(channels: int, side: int, dtype: torch.dtype, batch: int = 1) -> Itera
     yield op("channel_layer_norm_backward", x, None, x, vector, mean, mean)
     yield op("channel_layer_norm_backward", x, x, x, vector, mean, mean)
     yield op("channel_layer_norm_backward", x, stream, stream, vector, mean, mean)
-    yield op("batch_norm_backward", x, None, x, vector.to(dtype), vector, vector)
-    yield op("batch_norm_backward", x, x, x, vector, vector, vector)
-    yield op("batch_norm_backward", stream, stream, stream, vector, vector, vector)
+    yield op("batch_norm_backward", x, None, x, vector.to(dtype), vector, vector, None)
+    yield op("batch_norm_backward", x, x, x, vector, vector, vector, None)
+    yield op("batch_norm_backward", stream, stream, stream, vector, vector, vector, None)
+    sums, conv, conv_bias = torch.zeros(2, channels), torch.zeros(4 * channels, channels), torch.zeros(4 * channels)
+    norm = [vector] * 4
+    yield op("batch_norm_backward", x, x, x, vector, vector, vector, sums)
+    yield op("batch_norm_statistics", x, vector, vector, 0.1, 1e-5)
+    yield op("batch_norm_conv", conv, conv_bias, *norm, dtype)
+    yield op("batch_norm_conv", conv.to(dtype), conv_bias.to(dtype), *norm, dtype)
+    yield op("batch_norm_conv_backward", conv, conv_bias, conv, *norm)
     for gamma, factors in ((None, keep.to(dtype)), (vector, keep)):
         yield op("residual_branch", x if gamma is None else stream, x, gamma, factors, vector)
         grad = x if gamma is None else stream

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import test_batch_norm as batch_norm
+from tests.kernels import test_batch_norm_conv as batch_norm_conv
 from tests.kernels import test_channel_layer_norm as norm
 from tests.kernels import test_residual_branch as branch
 from tests.kernels import test_residual_depthwise as depthwise
@@ -63,6 +64,13 @@ BATCH_NORM = [
     batch_norm.Case(Pixels(1, 20, 5, 7, SINGLE, LAST, LAST)),
     batch_norm.Case(Pixels(1, 20, 3, 3, DOUBLE)),
 ]
+BATCH_NORM_CONV = [
+    batch_norm_conv.Case(Pixels(2, 64, 7, 6, BRAIN, LAST, LAST, SINGLE), 256),
+    batch_norm_conv.Case(Pixels(1, 96, 7, 6, BRAIN, LAST, LAST), 40, mean=10.0),
+    batch_norm_conv.Case(Pixels(1, 320, 5, 9, HALF, LAST, LAST, SINGLE), 20, elements=1024, programs=2),
+    batch_norm_conv.Case(Pixels(1, 20, 5, 7, SINGLE, LAST, LAST), mean=3.0),
+    batch_norm_conv.Case(Pixels(1, 20, 3, 3, DOUBLE, LAST, LAST)),
+]
 BRANCH = [
     branch.Case(Pixels(3, 64, 5, 6, BRAIN, LAST, LAST)),
     branch.Case(Pixels(3, 64, 5, 6, BRAIN, LAST, LAST, SINGLE), gamma=False, stream=SINGLE),
@@ -78,6 +86,7 @@ LISTED = {
     "residual_depthwise": DEPTHWISE,
     "channel_layer_norm": NORM,
     "batch_norm": BATCH_NORM,
+    "batch_norm_conv": BATCH_NORM_CONV,
     "residual_branch": BRANCH,
 }
 
@@ -133,6 +142,7 @@ DRAWN = {
     "residual_depthwise": st.tuples(pixels(), FLAGS).map(lambda drawn: depthwise.Case(*drawn)),
     "channel_layer_norm": st.tuples(pixels(), FLAGS).map(lambda drawn: norm.Case(drawn[0], skip=drawn[1])),
     "batch_norm": pixels().filter(batch_norm.several).map(batch_norm.Case),
+    "batch_norm_conv": pixels().filter(batch_norm.several).map(batch_norm_conv.folded),
     "residual_branch": st.tuples(pixels(), FLAGS).map(lambda drawn: branch.Case(*drawn)),
 }
 
@@ -155,6 +165,7 @@ def everything() -> list[Any]:
         "residual_depthwise": depthwise.LISTED,
         "channel_layer_norm": norm.LISTED,
         "batch_norm": batch_norm.LISTED,
+        "batch_norm_conv": batch_norm_conv.LISTED,
         "residual_branch": branch.LISTED,
     }
     pairs = [(op, case) for op, listed in ops.items() for case in listed]
@@ -184,6 +195,7 @@ ANY = {
     "residual_depthwise": st.tuples(drawn_pixels(), FLAGS).map(lambda drawn: depthwise.Case(*drawn)),
     "channel_layer_norm": st.tuples(drawn_pixels(), FLAGS).map(lambda drawn: norm.Case(drawn[0], skip=drawn[1])),
     "batch_norm": drawn_pixels().filter(batch_norm.several).map(batch_norm.Case),
+    "batch_norm_conv": drawn_pixels().filter(batch_norm.several).map(batch_norm_conv.folded),
     "residual_branch": st.tuples(drawn_pixels(), FLAGS).map(lambda drawn: branch.Case(*drawn)),
 }
 

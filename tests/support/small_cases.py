@@ -125,6 +125,15 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
     return y + skip
 
 
+def batch_norm_conv(x: Tensor, weight: Tensor, bias: Tensor, conv: Tensor, conv_bias: Tensor, backend: str) -> Tensor:
+    """The convolution behind it, plus x."""
+    running = torch.zeros_like(weight), torch.ones_like(weight)
+    y, rest, skip = functional.batch_norm_conv_and_skip(
+        x, weight, bias, *running, backend=backend, conv=(conv, conv_bias)
+    )
+    return y + rest.view(-1, 1, 1) + skip
+
+
 FAMILIES = {
     "attention": Family(attention_cases(), attend, backends=("triton", "cuda")),
     "walks": Family(walk_cases(), attend, backends=("cuda",)),
@@ -136,6 +145,10 @@ FAMILIES = {
         pixel_cases(), functional.channel_layer_norm, lambda shape: [((shape[1],), True), ((shape[1],), True)]
     ),
     "batch_norm": Family(pixel_cases(), batch_norm, lambda shape: [((shape[1],), True), ((shape[1],), True)]),
+    "batch_norm_conv": Family(
+        pixel_cases(), batch_norm_conv,
+        lambda shape: [(each, True) for each in ((shape[1],), (shape[1],), (shape[1], shape[1], 1, 1), (shape[1],))],
+    ),
     # y, LayerScale, and drop-path's factors, which are no variables.
     "residual_branch": Family(
         pixel_cases(), functional.residual_branch,
