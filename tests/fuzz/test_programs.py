@@ -49,6 +49,7 @@ NAMES = {
     "--device": ["cpu", "cuda", "cuda:7", "meta", "cpu:3", "gpu", "mps"],
     "--drop-path-schedule": ["0:0.1", "0:0.1,1:0.3", "1:0.2", "0:nan", "0:1", ":", ",", "0:0.1:2"],
     "--data-set": ["DIGITS", "SYNTHETIC", "FOLDER", "IMNET", "CIFAR", "INAT", "torch/x", "nope"],
+    "--throughput": ["1", "3", "0", "-1", "x"],  # so many steps are run, however long that takes
     "--recipe": ["small-224", "nope", "digits"],
 }
 
