@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     while time.monotonic() - begin < 60 * options.minutes and (options.rounds is None or done < options.rounds):
         passed, said = one_round(first + done, options)
         failed += not passed
-        print(f"seed {first + done}: {'passed' if passed else 'FAILED'}, {(time.monotonic() - begin) / 60:.1f} min", flush=True)
+        print(
+            f"seed {first + done}: {'passed' if passed else 'FAILED'}, {(time.monotonic() - begin) / 60:.1f} min",
+            flush=True,
+        )
         if not passed:
             print(said, flush=True)
         done += 1
