@@ -138,7 +138,7 @@ def work():
         job = json.loads(line)
         with open(job["output"], "a") as output:
             kills = [*job["kills"], None]
-            codes = [attempt(job["arguments"], job["processes"], kill, output, job["plant"]) for kill in kills]
+            codes = [attempt(job["arguments"], job["processes"], kill, output, job.get("plant", "")) for kill in kills]
         print(json.dumps(codes), flush=True)
 
 

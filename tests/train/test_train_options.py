@@ -69,7 +69,15 @@ def test_processes_make_the_step_of_the_joined_batch(train, one_step, start, tmp
     assert_same_step(tmp_path, one_step, start)
 
 
-@pytest.mark.parametrize("more", [["--fused"], ["--compile", "--compile-backend", "aot_eager"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--fused"],
+        ["--compile", "--compile-backend", "aot_eager"],
+        pytest.param(["--compile"], marks=pytest.mark.compiled_all),  # inductor, for minutes
+    ],
+    ids=["fused", "aot_eager", "inductor"],
+)
 def test_fused_updates_and_compiled_processes_make_the_same_step(train, one_step, start, tmp_path, more):
     """Two processes, two batches each: gradients are exchanged once, whatever the model is wrapped in."""
     size = ["--batch-size", "3", "--grad-accum-steps", "2", "--output_dir", str(tmp_path)]
