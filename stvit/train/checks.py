@@ -128,6 +128,10 @@ def _check_combinations(args: argparse.Namespace) -> None:
             f"mixup and cutmix need an even --batch-size, not {args.batch_size}; or turn them off with "
             "--mixup 0 --cutmix 0"
         )
+    if not (args.output_dir or args.eval or args.throughput):
+        for flag, given in (("--tensorboard", args.tensorboard), ("--save-every", args.save_every)):
+            if given:
+                raise UserError(f"{flag} writes into --output_dir DIR, which is not given")
     if args.distillation_type != "none" and not args.teacher_path:
         raise UserError("--distillation-type needs --teacher-path, the teacher's checkpoint")
     if args.distillation_type != "none" and args.finetune and not args.eval:

@@ -230,7 +230,7 @@ def build_data(args: argparse.Namespace, process: Process, saved: Saved | None =
     counts = f"{len(sets.test):,} test images"
     if sets.train is not None:
         counts = f"{len(sets.train):,} training and {counts}"
-    where = f" {args.data_path}" if args.data_path and args.data_set != "DIGITS" else ""
+    where = f" {args.data_path}" if args.data_path and args.data_set not in ("DIGITS", "SYNTHETIC") else ""
     size = args.input_size
     description = f"{args.data_set}{where}: {counts}, {sets.num_classes} classes, {size} x {size} pixels"
     if stream and train is not None and args.repeated_aug:

@@ -68,6 +68,8 @@ ROOT = Path(__file__).resolve().parents[2]
         ("--drop-path-schedule 5:0.1", "from epoch 0"),
         ("--drop-path-schedule 0:0.4,x", "EPOCH:P"),
         ("--save-every -1", "--save-every"),
+        ("--save-every 5", "--save-every writes into --output_dir"),
+        ("--tensorboard", "--tensorboard writes into --output_dir"),
         ("--batch-size 1 --mixup 0 --cutmix 0", "BatchNorm"),
         ("--recipe huge-224", "small-224"),
         ("--config /nowhere.yaml", "/nowhere.yaml"),
