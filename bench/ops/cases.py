@@ -141,6 +141,7 @@ class Op:
     floor: Callable[[Problem], tuple[int, int]]  # bytes of the forward and of the backward
     split: bool = False  # a part of what the authors' code does in one go
     associates: bool = True  # whether the gradient modes differ; they don't in the rest of the block
+    mixes_images: bool = False  # as BatchNorm's statistics do
 
     def why_not(self, contender: Contender, problem: Problem, authors: ModuleType | None) -> list[str]:
         """The reasons why the contender can't run this; an empty list means that it can. Builds the extension."""
@@ -296,17 +297,17 @@ OPS = [
 
 def _op(
     name: str, call: Callable[..., Tensor], pixels: tuple[str, ...], shapes: dict[str, tuple[int, ...]],
-    forward: int, backward: int,
+    forward: int, backward: int, output: str = "y", mixes_images: bool = False,
 ) -> Op:  # fmt: skip
-    """call(backend, *pixels, *parameters): one output, of the size of the pixels. shapes: parameter -> its shape, the
-    channels written as -1. forward, backward: how many times the bytes of the pixels have to move."""
+    """call(backend, *pixels, *parameters): one output. shapes: parameter -> its shape, the channels C written as -1, 4 C
+    as -4. forward, backward: how many times the bytes of the pixels have to move."""
 
     def implement(problem: Problem, family: str, authors: ModuleType | None) -> Implementation:
         generator = torch.Generator().manual_seed(0)  # every family gets the same parameters
         channels = problem.sizes(pixels[0])[1]
         parameters = {}
         for parameter, shape in shapes.items():
-            values = 0.3 * torch.randn([channels if n < 0 else n for n in shape], generator=generator)
+            values = 0.3 * torch.randn([-n * channels if n < 0 else n for n in shape], generator=generator)
             parameters[parameter] = nn.Parameter(values.to(problem.device, problem.dtype))
         backend = "reference" if family == "authors" else family
         return Implementation(lambda *given: (call(backend, *given, *parameters.values()),), parameters)
@@ -315,8 +316,8 @@ def _op(
         moved = problem.bytes(pixels[0])
         return forward * moved, backward * moved
 
-    output = "hidden" if pixels == ("hidden",) else "y"
-    return Op(name, lambda _: dict.fromkeys(pixels, True), (output,), implement, floor, associates=False)
+    wanted = dict.fromkeys(pixels, True)
+    return Op(name, lambda _: wanted, (output,), implement, floor, associates=False, mixes_images=mixes_images)
 
 
 def _branch(backend: str, x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
@@ -336,12 +337,33 @@ def _norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return functional.channel_layer_norm(x, weight, bias, 1e-6, backend)
 
 
+def _batch_norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    running = bias.detach(), weight.detach()  # which momentum 0 leaves as they are
+    return functional.batch_norm_and_skip(x, weight, bias, *running, 0.0, 1e-5, backend)[0]
+
+
+def _mlp_start(backend: str, x: Tensor, weight: Tensor, bias: Tensor, *others: Tensor) -> Tensor:
+    """The norm folded into the MLP's first convolution, and the GELU depthwise op, which adds the rest of its bias."""
+    conv, conv_bias, filters, filter_bias = others
+    given = (x, weight, bias, bias.detach(), weight.detach(), 0.0, 1e-5, backend)
+    y, rest, _ = functional.batch_norm_conv_and_skip(*given, conv=(conv, conv_bias))
+    return functional.residual_depthwise(y, filters, filter_bias, True, backend, x_bias=rest)
+
+
 FILTER, VECTOR = (-1, 1, 3, 3), (-1,)
+MLP_START: dict[str, tuple[int, ...]] = {
+    "weight": VECTOR, "bias": VECTOR, "conv": (-4, -1, 1, 1), "conv_bias": (-4,), "filters": (-4, 1, 3, 3),
+    "filter_bias": (-4,),
+}  # fmt: skip
 BLOCK_OPS: list[Op] = [
     # Forward: x read, y written. Backward: x and dy read, dx written.
-    _op("gelu_depthwise", _gelu_depthwise, ("hidden",), {"weight": FILTER, "bias": VECTOR}, 2, 3),
+    _op("gelu_depthwise", _gelu_depthwise, ("hidden",), {"weight": FILTER, "bias": VECTOR}, 2, 3, "hidden"),
     _op("residual_depthwise", _depthwise, ("x",), {"weight": FILTER, "bias": VECTOR}, 2, 3),
     _op("channel_layer_norm", _norm, ("x",), {"weight": VECTOR, "bias": VECTOR}, 2, 3),
+    # Forward: x read for the statistics and again, y written. Backward: x and dy read twice, dx written.
+    _op("batch_norm", _batch_norm, ("x",), {"weight": VECTOR, "bias": VECTOR}, 3, 5, mixes_images=True),
+    # Forward: statistics 1, product 5, depthwise 8. Backward: depthwise 12, both gradients of the product 10, norm 3.
+    _op("batch_norm_conv", _mlp_start, ("x",), MLP_START, 14, 25, "hidden", mixes_images=True),
     # Forward: x and y read, the sum written. Backward: dout and y (for LayerScale) read, dy written.
     _op("residual_branch", _branch, ("x", "y"), {"gamma": VECTOR}, 3, 3),
 ]

@@ -1,8 +1,8 @@
 """What the correctness gate (bench/harness/gate.py) holds an op to, and the calls that are timed.
 
-Truth is the reference in float64 on the first and the last image of the batch; images don't mix, so a contender runs
+Truth is the reference in float64 on the first and the last image of the batch; where images don't mix, a contender runs
 the very call that is timed, at full batch, and answers for those two. For the gradients the incoming ones are zero
-at every other image, which makes those of parameters the two images' own.
+at every other image, which makes those of parameters the two images' own. BatchNorm mixes images: there it is all.
 
 Errors are largest absolute ones; the slack is eps * max|truth|, two roundings of the largest value, for where the
 reference happens to be exact. Baselines (the authors' formulation, the reference itself) may be off by
@@ -78,8 +78,9 @@ def prepare(op: Op, problem: Problem, family: str, implementation: Implementatio
 
 
 def truth(op: Op, problem: Problem, data: Data) -> Truth:
-    """What is right for the first and the last image, and how far the reference is from it in the problem's dtype."""
-    images = sorted({0, problem.batch - 1})
+    """What is right for the first and the last image, for all if the op mixes them, and how far the reference is from it
+    in the problem's dtype."""
+    images = list(range(problem.batch)) if op.mixes_images else sorted({0, problem.batch - 1})
     few = problem._replace(batch=len(images))
     exact = few._replace(dtype=torch.float64)
     chosen = Data(*({name: tensor[images] for name, tensor in named.items()} for named in data))
