@@ -14,7 +14,7 @@ def launch(argv: Sequence[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the program says what is wrong itself
+    _quiet()
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -33,3 +33,10 @@ def launch(argv: Sequence[str], processes: int) -> int:
     except SignalException as error:  # passed on to the processes, which have ended
         return 128 + int(error.sigval)
     return 0
+
+
+def _quiet() -> None:
+    """Silence the launcher, whose modules have levels of their own: the program says itself what happened."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -64,7 +64,8 @@ def epoch_line(row: Row, state: State, epochs: int) -> str:
     if "test_acc1_ema" in row:
         averaged = f", averaged {row['test_acc1_ema']:.2f} % (best {state.best_ema:.2f} %)"
     waiting = f", {100 * row['waited']:.0f} % of it waiting for data" if row["waited"] > 0.01 else ""
-    skipped = f", {row['bad_images']} unreadable images skipped" if "bad_images" in row else ""
+    bad = row.get("bad_images", 0)
+    skipped = f", {bad} unreadable image{'s' if bad > 1 else ''} skipped" if bad else ""
     return (
         f"epoch {row['epoch'] + 1}/{epochs}: loss {row['train_loss']:.4f}, test loss {row['test_loss']:.4f}, "
         f"accuracy {row['test_acc1']:.2f} % (best {state.best:.2f} %){averaged}, {row['images_per_s']:,.0f} "

@@ -254,6 +254,28 @@ def test_torchrun_starts_a_lost_process_again(photos, tmp_path, capsys):
         assert f"loss {logged['test_loss' + name]:.4f}" in line
 
 
+def test_our_own_launcher_is_told_to_stop_without_a_word_of_its_own(photos, tmp_path):
+    command = [sys.executable, "main.py", *flags(photos, "--processes", "2", "--batch-size", "8", "--epochs", "99")]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, "--backend", "reference", "--output_dir", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environ,
+    ) as child:
+        until = time.monotonic() + 300
+        steps = tmp_path / "steps.jsonl"
+        while child.poll() is None and not (steps.exists() and steps.read_text()) and time.monotonic() < until:
+            time.sleep(0.1)
+        child.terminate()
+        _, printed = child.communicate()
+    assert child.returncode == 143
+    (line,) = printed.splitlines()
+    assert line.startswith("main.py: SIGTERM: ") and "holds the state after step" in line
+
+
 def test_our_own_launcher_reports_an_error_in_one_line(run_python):
     arguments = ["main.py", "--processes", "2", "--device", "cpu", "--backend", "reference", "--resume", "/nowhere.pth"]
     child = run_python(*arguments, env={"PYTHONPATH": str(ROOT)}, check=False)
