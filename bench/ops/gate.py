@@ -78,8 +78,8 @@ def prepare(op: Op, problem: Problem, family: str, implementation: Implementatio
 
 
 def truth(op: Op, problem: Problem, data: Data) -> Truth:
-    """What is right for the first and the last image, for all if the op mixes them, and how far the reference is from it
-    in the problem's dtype."""
+    """What is right for the first and the last image, or all where the op mixes them, and how far the reference is from
+    it in the problem's dtype."""
     images = list(range(problem.batch)) if op.mixes_images else sorted({0, problem.batch - 1})
     few = problem._replace(batch=len(images))
     exact = few._replace(dtype=torch.float64)

@@ -165,7 +165,8 @@ def _speed_flags(parser: Parser) -> None:
         "STEPS steps without data, and end")
     add("--detect-anomaly", action="store_true", help="stop at the first layer whose output or gradient is not finite, "
         "and name it; slow")
-    add("--threads", default=None, type=int, metavar="N", help="CPU threads of each process (default: PyTorch's)")
+    add("--threads", default=None, type=int, metavar="N", help="CPU threads of each process, at most one "
+        "for each core (default: PyTorch's)")
     add("--num_workers", "--num-workers", default=min(10, _cpus()), type=int, metavar="N", help="processes that load "
         "images, for each training process (default: 10, or the number of CPUs if that is less)")
     _switch(group, "pin-mem", True, "copy batches to the GPU through pinned memory")

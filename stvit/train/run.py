@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """
     build.check_name(args.model, "--model")
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        torch.set_num_threads(min(args.threads, os.cpu_count() or 1))  # more would each take memory and wait
     process = distributed.start(args)
     if not process.main:
         logging.getLogger("stvit").setLevel(logging.ERROR)  # the first process says what holds for all

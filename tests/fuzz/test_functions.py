@@ -65,11 +65,12 @@ VIEWS = {**LAYOUTS, "negated": negated, "no values": no_values}
 def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Of this shape, in a drawn memory layout where it is pixels; rarely with a NaN, or with a gradient.
 
-    No NaN in a 3 x 3 weight: libraries differ in whether they multiply it by the padding.
+    No NaN in a 3 x 3 weight: libraries differ in whether they multiply it by the padding. None in tokens (B, N, 3C):
+    PyTorch's fused attention answers 0 for a query that is NaN, on a CPU.
     """
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     x = torch.randn(shape, generator=generator).to(dtype)
-    if x.numel() and shape[1:] != (1, 3, 3) and draw(st.integers(0, 9)) == 0:
+    if x.numel() and shape[1:] != (1, 3, 3) and len(shape) != 3 and draw(st.integers(0, 9)) == 0:
         x.view(-1)[draw(st.integers(0, x.numel() - 1))] = torch.nan
     if x.dim() == 4:
         kinds = sorted(VIEWS) if dtype in (torch.float32, torch.float64) else sorted(LAYOUTS)
