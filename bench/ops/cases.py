@@ -299,8 +299,8 @@ def _op(
     name: str, call: Callable[..., Tensor], pixels: tuple[str, ...], shapes: dict[str, tuple[int, ...]],
     forward: int, backward: int, output: str = "y", mixes_images: bool = False,
 ) -> Op:  # fmt: skip
-    """call(backend, *pixels, *parameters): one output. shapes: parameter -> its shape, the channels C written as -1, 4 C
-    as -4. forward, backward: how many times the bytes of the pixels have to move."""
+    """call(backend, *pixels, *parameters): one output. shapes: parameter -> its shape, the channels written as -1, four
+    times as many as -4. forward, backward: how many times the bytes of the pixels have to move."""
 
     def implement(problem: Problem, family: str, authors: ModuleType | None) -> Implementation:
         generator = torch.Generator().manual_seed(0)  # every family gets the same parameters
