@@ -18,7 +18,7 @@ from stvit.kernels import batch_norm_conv as kernels
 from stvit.modules import SuperTokenBlock
 from tests.kernels.test_batch_norm import several, statistics
 from tests.support.block_cases import Pixels, Results, check, drawn_pixels, ids, leaf, saving
-from tests.support.cases import DOUBLE, HALF, LAST, SINGLE
+from tests.support.cases import BRAIN, DOUBLE, DTYPES, HALF, LAST, SINGLE
 
 
 class Case(NamedTuple):
@@ -113,7 +113,11 @@ LISTED = [
     Case(Pixels(2, 5, 7, 9, HALF, LAST, LAST), 23, elements=32, programs=3, rows=8, held=64),
     Case(Pixels(2, 20, 5, 5, SINGLE, LAST, LAST), 23, elements=64, programs=1, rows=4, held=32),
     Case(Pixels(1, 64, 9, 8, SINGLE, LAST, LAST), mean=100.0),
+    # Where something else than the interpreter runs them.
+    Case(Pixels(2, 64, 7, 6, BRAIN, LAST, LAST, SINGLE), 256),
+    Case(Pixels(1, 96, 7, 6, BRAIN, LAST, LAST), 40, mean=10.0),
 ]
+LISTED = [case for case in LISTED if case.pixels.dtype in DTYPES]
 
 
 @pytest.mark.parametrize("case", LISTED, ids=ids)
