@@ -325,12 +325,8 @@ def _branch(backend: str, x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
     return functional.residual_branch(x, y, gamma, keep, backend)
 
 
-def _gelu_depthwise(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return functional.residual_depthwise(x, weight, bias, True, backend)
-
-
-def _depthwise(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return functional.residual_depthwise(x, weight, bias, False, backend)
+def _depthwise(gelu: bool) -> Callable[..., Tensor]:
+    return lambda backend, *given: functional.residual_depthwise(*given, gelu, backend)
 
 
 def _norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -357,8 +353,8 @@ MLP_START: dict[str, tuple[int, ...]] = {
 }  # fmt: skip
 BLOCK_OPS: list[Op] = [
     # Forward: x read, y written. Backward: x and dy read, dx written.
-    _op("gelu_depthwise", _gelu_depthwise, ("hidden",), {"weight": FILTER, "bias": VECTOR}, 2, 3, "hidden"),
-    _op("residual_depthwise", _depthwise, ("x",), {"weight": FILTER, "bias": VECTOR}, 2, 3),
+    _op("gelu_depthwise", _depthwise(True), ("hidden",), {"weight": FILTER, "bias": VECTOR}, 2, 3, "hidden"),
+    _op("residual_depthwise", _depthwise(False), ("x",), {"weight": FILTER, "bias": VECTOR}, 2, 3),
     _op("channel_layer_norm", _norm, ("x",), {"weight": VECTOR, "bias": VECTOR}, 2, 3),
     # Forward: x read for the statistics and again, y written. Backward: x and dy read twice, dx written.
     _op("batch_norm", _batch_norm, ("x",), {"weight": VECTOR, "bias": VECTOR}, 3, 5, mixes_images=True),
