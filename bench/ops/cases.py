@@ -326,7 +326,7 @@ def _branch(backend: str, x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
 
 
 def _depthwise(gelu: bool) -> Callable[..., Tensor]:
-    return lambda backend, *given: functional.residual_depthwise(*given, gelu, backend)
+    return lambda backend, x, weight, bias: functional.residual_depthwise(x, weight, bias, gelu, backend)
 
 
 def _norm(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
