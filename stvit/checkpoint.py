@@ -77,8 +77,9 @@ def load_checkpoint(
 
     Args:
         model: any module; wrapped in DistributedDataParallel or torch.compile is fine. A backbone, which is what
-            `timm.create_model(..., features_only=True)` returns, takes from the file what it has. One on the meta
-            device becomes real, on the CPU. Of one sharded by `fully_shard` each process keeps its own parts.
+            `timm.create_model(..., features_only=True)` returns, takes from the file what it has, and so does one whose
+            BatchNorms were replaced by frozen ones, as detectors do. One on the meta device becomes real, on the CPU.
+            Of one sharded by `fully_shard` each process keeps its own parts.
         path: .pth (a state dict, or a dict that holds one under "model", with or without the prefix that
             DistributedDataParallel adds) or .safetensors.
         use_ema: take the averaged weights, under "model_ema", instead.
@@ -106,8 +107,8 @@ def load_contents(
     weights = _state_dict(contents, Path(path), "model_ema" if use_ema else "model")
     bare = _unwrapped(model)
     own = bare.state_dict()
-    pruned = getattr(bare, "pruned", ())  # of a backbone
-    weights = {key: value for key, value in weights.items() if key in own or not str(key).startswith(tuple(pruned))}
+    pruned = tuple(getattr(bare, "pruned", ()))  # of a backbone
+    weights = {key: value for key, value in weights.items() if key in own or not _dispensable(str(key), own, pruned)}
     if head == "skip":
         weights = {key: value for key, value in weights.items() if not str(key).startswith("head.")}
         weights |= {key: value for key, value in own.items() if key.startswith("head.")}
@@ -117,6 +118,12 @@ def load_contents(
     meta = any(value.is_meta for value in own.values())  # a copy onto the meta device would be lost
     bare.load_state_dict({key: _placed(weights[key], own[key], meta) for key in own}, strict=True, assign=meta)
     return model
+
+
+def _dispensable(key: str, own: Mapping[str, Any], pruned: tuple[str, ...]) -> bool:
+    """Whether a model can do without what a file holds: a layer taken away, the counter of a BatchNorm since frozen."""
+    counter = key.endswith(".num_batches_tracked") and key.replace("num_batches_tracked", "running_mean") in own
+    return counter or key.startswith(pruned)
 
 
 def _check_head(head: object) -> None:

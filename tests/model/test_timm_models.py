@@ -160,6 +160,16 @@ def test_load_checkpoint_fills_a_backbone(kind: str, published: tuple[Path, stvi
         stvit.load_checkpoint(backbone, tmp_path / "more.pth")
 
 
+def test_load_checkpoint_fills_a_backbone_whose_norms_are_frozen(published: tuple[Path, stvit.STViT]) -> None:
+    """As torchvision's and transformers' detectors freeze them, after which no norm counts batches."""
+    path, model = published
+    backbone = timm.utils.model.freeze_batch_norm_2d(timm.create_model("stvit_tiny", features_only=True).eval())
+    stvit.load_checkpoint(backbone, path)
+    x = torch.randn(1, 3, 64, 64)
+    for ours, theirs in zip(backbone(x), model.forward_stages(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("feature_cls", [None, "getter", "fx", "hook"])
 @pytest.mark.parametrize(
     ("out_indices", "stages"),
