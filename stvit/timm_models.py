@@ -10,6 +10,7 @@ import argparse
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on to the script")
     args = parser.parse_args(argv)
     sys.argv = [args.script, *args.arguments]
+    sys.path.insert(0, str(Path(args.script).resolve().parent))  # as `python SCRIPT` does
     runpy.run_path(args.script, run_name="__main__")
 
 

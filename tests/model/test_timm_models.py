@@ -254,6 +254,28 @@ def test_a_script_finds_the_models(run_python: RunPython, tmp_path: Path) -> Non
     assert told == f"STViT __main__ {[str(script), '--model', 'stvit_tiny']}\n"
 
 
+def test_a_script_finds_what_lies_beside_it(run_python: RunPython, tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("NAME = 'stvit_tiny'\n")
+    script = tmp_path / "client.py"
+    script.write_text("import timm, beside\nprint(timm.is_model(beside.NAME))\n")
+    assert run_python("-m", "stvit.timm_models", str(script)).stdout == "True\n"
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_timms_default_onnx_export(tmp_path: Path) -> None:
+    """What its onnx_export.py calls: the exporter by TorchScript, which records one run, batch and size included."""
+    for package in ("onnx", "onnxruntime"):
+        pytest.importorskip(package)
+    from timm.utils.onnx import onnx_export, onnx_forward
+
+    torch.manual_seed(0)
+    model = timm.create_model("stvit_tiny", num_classes=5).eval()
+    path = str(tmp_path / "model.onnx")
+    onnx_export(model, path, batch_size=2, input_size=(3, 64, 64), check_forward=True)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(torch.from_numpy(onnx_forward(path, images)), model(images), rtol=1e-4, atol=1e-5)
+
+
 def test_registering_twice_is_harmless() -> None:
     timm_models.register()
     assert timm.list_models("stvit*") == NAMES
