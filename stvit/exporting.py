@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends.dispatch import check_backend
+from .model import STViT
 from .swap.folding import optimize_for_inference
 
 FORMATS = ("pt2", "onnx", "aoti")
@@ -24,7 +26,7 @@ def export(
     model: nn.Module,
     path: str | os.PathLike[str],
     format: str = "pt2",
-    dynamic: bool = True,
+    dynamic: bool | str = True,
     *,
     example: Tensor | None = None,  # (B, C, H, W)
     backend: str = "reference",
@@ -37,8 +39,9 @@ def export(
         format: "pt2" for `torch.export.load`, "onnx" for ONNX runtimes and TensorRT (needs `stvit[export]`), or "aoti"
             for `torch._inductor.aoti_load_package` and C++ (needs a C++ compiler, for CUDA a toolkit), which is bound
             to the device and kind of machine.
-        dynamic: whether the file takes any batch size from 1, or that of `example` alone. Height and width are those of
-            `example` either way.
+        dynamic: True, for a file that takes any batch size from 1; False, for that of `example` alone. Height and width
+            are those of `example`; or "size", for any batch size, height and width at which no tile is padded: of STViT
+            as published, multiples of 32 from 64.
         example: images (B, C, H, W) on the model's device and in its dtype; random ones, 2 x C x 224 x 224, by default.
         backend: "reference", whose file runs anywhere, or "triton" or "cuda", whose file calls the ops of this package
             and is loaded by a process that has imported stvit. ONNX knows the reference alone.
@@ -48,7 +51,7 @@ def export(
 
     Raises:
         ValueError, TypeError: naming the argument and what was expected.
-        ExportError: the file's numbers, checked at other batch sizes where it takes them, are not the model's.
+        ExportError: the file's numbers, checked at other batches and sizes where it takes them, are not the model's.
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
@@ -56,14 +59,19 @@ def export(
         raise ValueError(f"backend: expected reference{', triton or cuda' * (format != 'onnx')}, got {backend!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(dynamic, bool) and dynamic != "size":
+        raise ValueError(f"dynamic: expected True, False or 'size', got {dynamic!r}")
     path = Path(path)
     folded = _with_backend(optimize_for_inference(model), backend)
     example = _example(folded) if example is None else example
+    steps = _steps(folded) if dynamic == "size" else None
     sizes = [tuple(example.shape)]
     if dynamic:
-        sizes += [(1, *example.shape[1:]), (3, *example.shape[1:])]
+        _, channels, height, width = sizes[0]
+        other = (height, width) if steps is None else (2 * steps[0], width + steps[1])
+        sizes += [(1, channels, *other), (3, channels, height, width)]
     with torch.no_grad():
-        program = _program(folded, example, dynamic)
+        program = _program(folded, example, bool(dynamic), steps)
         run = {"pt2": _write_pt2, "onnx": _write_onnx, "aoti": _write_aoti}[format](program, path)
         for size in sizes:
             _check(folded, run, example.new_empty(size).normal_(), path)
@@ -82,11 +90,38 @@ def _example(model: nn.Module) -> Tensor:
     return torch.randn(2, getattr(model, "in_chans", 3), 224, 224, device=place.device, dtype=place.dtype)
 
 
-def _program(model: nn.Module, example: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
-    if dynamic and example.shape[0] < 2:  # torch.export takes a size of 1 for a constant
+def _steps(model: Any) -> tuple[int, int]:
+    """What height and width are multiples of where no stage pads a tile, nor the convolutions in front: 32, 32 for
+    tiles of 8, 4, 1 and 1 pixels at strides 4, 8, 16 and 32."""
+    if not isinstance(model, STViT):
+        raise ValueError(f"dynamic: 'size' is for models of stvit.STViT, got {type(model).__name__}")
+    strides = [info["reduction"] for info in model.feature_info]
+    blocks: list[Any] = [model.get_submodule(info["module"]) for info in model.feature_info]
+    tiles = [block.attn.stoken_size for block in blocks]
+    height, width = (
+        math.lcm(*strides, *(stride * tile[side] for stride, tile in zip(strides, tiles, strict=True)))
+        for side in (0, 1)
+    )
+    return height, width
+
+
+def _program(
+    model: nn.Module, example: Tensor, dynamic: bool, steps: tuple[int, int] | None
+) -> torch.export.ExportedProgram:
+    if not dynamic:
+        return torch.export.export(model, (example,))
+    if example.shape[0] < 2:  # torch.export takes a size of 1 for a constant
         raise ValueError(f"example: expected at least 2 images (or dynamic=False), got shape {tuple(example.shape)}")
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
-    return torch.export.export(model, (example,), dynamic_shapes=shapes)
+    sides: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if steps is not None:
+        for side, name, step in zip((2, 3), ("rows", "columns"), steps, strict=True):
+            if example.shape[side] % step or example.shape[side] < 2 * step:  # the last stage's map has 2 at least
+                raise ValueError(
+                    f"example: expected multiples of {steps[0]} x {steps[1]} from {2 * steps[0]} x {2 * steps[1]}, "
+                    f"got shape {tuple(example.shape)}"
+                )
+            sides[side] = step * torch.export.Dim(name, min=2)
+    return torch.export.export(model, (example,), dynamic_shapes=(sides,))
 
 
 def _write_pt2(program: Any, path: Path) -> Any:
