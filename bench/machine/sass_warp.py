@@ -134,8 +134,8 @@ class Warp:
         self.guarded, self.sure = guard | ~sure, sure
         self.now = self.mask & self.guarded
         if one.name in ("BRA", "EXIT", "RET", "CALL", "BRX"):
-            if one.parts[:1] in (("DIV",), ("CONV",)):
-                return NONE, 0
+            if one.parts[:1] in (("DIV",), ("CONV",)):  # whether the lanes have met, as they have
+                return (self.mask if one.parts[0] == "CONV" else NONE), self.target(one)
             condition = guard
             for operand in one.operands[:-1]:
                 if re.fullmatch(r"!?U?P\w", operand):

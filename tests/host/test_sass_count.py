@@ -46,6 +46,21 @@ def test_a_branch_on_what_was_loaded_is_an_error() -> None:
         counts(CODE.replace("MOV R1, RZ", "LDG.E R1, desc[UR4][R4.64]"), 3)
 
 
+def test_a_vote_for_any_lane_on_what_was_loaded_finds_none() -> None:
+    """Kernels leave for their rare paths by it."""
+    code = CODE.replace("MOV R1, RZ", "LDG.E R3, desc[UR4][R4.64]").replace(
+        "ISETP.GE.AND P0, PT, R0, 0x8, PT", "ISETP.GE.AND P2, PT, R3, 0x8, PT"
+    )
+    code = code.replace("IMAD R2, R1.reuse, R1, R2", "VOTE.ANY P0, P2").replace("@P0 BRA", "@!P0 BRA")
+    assert counts(code, 1)[0x80] == 1
+
+
+@pytest.mark.parametrize(("kind", "times"), [("CONV", 0), ("DIV", 1)])
+def test_lanes_meet_before_operations_of_a_warp(kind: str, times: int) -> None:
+    """A branch of those that have met is taken, one of those that have not isn't."""
+    assert counts(CODE.replace("@P0 BRA `", f"BRA.{kind} ~URZ, `"), 1).get(0x50, 0) == times
+
+
 def test_the_source_lines_of_an_instruction() -> None:
     program = sass_text.programs(CODE)["loop"]
     assert program.instructions[0].place == ("/a.cu:9", "/a.cu:7")
