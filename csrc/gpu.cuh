@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -53,6 +54,22 @@ __device__ inline uint32_t pack(bfloat16 low, bfloat16 high) {
   return __bfloat16_as_ushort(low) | uint32_t(__bfloat16_as_ushort(high)) << 16;
 }
 
+// Two numbers, rounded.
+template <typename T>
+__device__ inline uint32_t pack_narrowed(float low, float high);
+template <>
+__device__ inline uint32_t pack_narrowed<half>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return pack(__low2half(both), __high2half(both));
+}
+template <>
+__device__ inline uint32_t pack_narrowed<bfloat16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return pack(__low2bfloat16(both), __high2bfloat16(both));
+}
+
+__device__ inline bool finite(float x) { return fabsf(x) < INFINITY; }
+
 // Device memory, one element or 16 bytes at a time. Every access but copy_async goes through these two.
 template <typename T>
 __device__ inline T load(const T* from) {
@@ -98,6 +115,9 @@ template <typename T>
 __device__ inline T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
+
+// Whether it is true in any lane.
+__device__ inline bool any(bool value) { return __any_sync(0xffffffffu, value); }
 
 // Numbers of as many bytes.
 template <int BYTES>
@@ -183,6 +203,10 @@ __device__ inline void copy_async(void* shared, const void* from, int bytes) {
                :
                : "r"(shared_address(shared)), "l"(from), "r"(bytes)
                : "memory");
+}
+// All 16 bytes.
+__device__ inline void copy_async(void* shared, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(shared)), "l"(from) : "memory");
 }
 __device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LATEST>

@@ -23,7 +23,7 @@ void lay_out(Walk& walk, const Task& task, const Shape& shape) {
   walk.stride = int(channels) + 8;
   walk.pixels = int(round_up(shape.h * shape.w, 16));
   walk.known_columns = walked + 2;
-  walk.totals_row = int(walk.columns * channels) + 8;
+  walk.totals_row = walk.columns * walk.stride + ((5 - walk.columns) * walk.stride & 31);
   walk.weight_row = int(round_up(shape.w * 18 + 14, 16));
   // While one group is weighed, the next `ahead` arrive; pooling runs a row and a group before.
   const int64_t lag = walk.pools ? divide_up(walked, walk.group) + 1 : 0;
@@ -33,6 +33,7 @@ void lay_out(Walk& walk, const Task& task, const Shape& shape) {
   const int given = task.map == Map::associate ? 0 : 1 + task.grad;
   walk.stage_bytes = walk.pixels * walk.stride * 2 + given * shape.h * walk.weight_row;
   int64_t at = int64_t(walk.stages) * walk.stage_bytes;
+  walk.ring = int(std::min(at, MOST - 1));
   const auto take = [&](int& place, int64_t bytes) {
     place = int(at);
     at += round_up(bytes, 16);
@@ -43,7 +44,7 @@ void lay_out(Walk& walk, const Task& task, const Shape& shape) {
   take(walk.offsets_at, task.map == Map::differentiate ? places * 4 : 0);
   take(walk.totals_at, 3 * int64_t(walk.totals_row) * 4);
   take(walk.masses_at, task.map == Map::associate ? 4 * walk.columns * 4 : 0);
-  take(walk.scratch_at, divide_up(int64_t(walk.group) * walk.pixels, 32) * SCRATCH);
+  take(walk.scratch_at, divide_up(int64_t(walk.group) * walk.pixels, 32) * 2 * SCRATCH);
   walk.shared_bytes = at;
 }
 
@@ -97,7 +98,8 @@ Walk plan(const Task& task, const Shape& shape, const Limits& limits) {
         const int halo = pools ? 2 : 1;  // sums need the tiles around a region, their products the means around those
         const double tiles = double(tiles_read(shape.gh, rows, halo)) * double(tiles_read(shape.gw, columns, 1));
         walk.reads = tiles / (double(shape.gh) * shape.gw) + (task.pool && !pools);
-        if (fit(walk, task, shape, limits) && (!best.fits || cost(walk, limits) < least)) {
+        const int64_t last = walk.regions * (walk.regions / shape.batch);  // what is divided by (Divisor)
+        if (last < 2 * MOST && fit(walk, task, shape, limits) && (!best.fits || cost(walk, limits) < least)) {
           best = walk;
           least = cost(walk, limits);
         }

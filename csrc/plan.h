@@ -53,6 +53,7 @@ struct Walk {
   int pixels = 0;         // pixels of a tile, rounded up to whole matrices of 16
   int known_columns = 0;  // columns of super tokens kept: those walked over, and one more on either side
   int stages = 0;         // tiles kept
+  int ring = 0;           // their bytes
   int weight_row = 0;     // bytes of a tile row's weights as copied, 16-byte aligned at both ends
   int stage_bytes = 0;    // of a tile
   int totals_row = 0;     // elements of a row of totals
@@ -66,6 +67,6 @@ constexpr int SUM_WARPS = 8;          // those that sum; the others pool meanwhi
 constexpr int WALK_CHANNELS = 384;    // at most
 constexpr int POOLED_CHANNELS = 256;  // at most where the walk pools too: registers
 constexpr int WALK_TILE = 1024;       // pixels at most
-constexpr int SCRATCH = 1440;         // bytes of shared memory for the products and weights of 32 pixels
+constexpr int SCRATCH = 720;          // bytes of shared memory for the products and weights of 16 pixels
 
 }  // namespace stvit

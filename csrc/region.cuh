@@ -20,6 +20,11 @@ struct Divisor {
   __device__ int quotient(int n) const { return d == 1 ? n : int((uint64_t(uint32_t(n)) * magic) >> 32); }
 };
 
+// What numbers of regions are divided by.
+struct Regions {
+  Divisor of_image, of_row, group;  // regions of an image and of a row of regions, tiles of a group
+};
+
 // Tiles side by side in a row of the grid, and the stage of shared memory that the first of them is copied to.
 struct Group {
   int row, column, tiles, stage;
@@ -28,19 +33,18 @@ struct Group {
 struct Region {
   const Shape& shape;
   const Walk& walk;
+  const Regions& regions;
   int image;
   int first_row, end_row, first_column, end_column;  // super tokens that the region owns
   int column0, column_end;  // of the tiles that it walks over: those of its super tokens, and one further on every side
   int loaded_row, groups;   // first row of tiles that it copies; groups that it copies
 
-  __device__ Region(const Shape& shape, const Walk& walk, int index) : shape(shape), walk(walk) {
-    const int regions_of_row = (shape.gw + walk.columns - 1) / walk.columns;
-    const int regions = (shape.gh + walk.rows - 1) / walk.rows * regions_of_row;
-    image = index / regions;
-    const int place = index - image * regions;
-    first_row = place / regions_of_row * walk.rows;
+  __device__ Region(const Shape& shape, const Walk& walk, const Regions& regions, int index)
+      : shape(shape), walk(walk), regions(regions), image(regions.of_image.quotient(index)) {
+    const int place = index - image * int(regions.of_image.d), row = regions.of_row.quotient(place);
+    first_row = row * walk.rows;
     end_row = smaller(first_row + walk.rows, shape.gh);
-    first_column = place % regions_of_row * walk.columns;
+    first_column = (place - row * int(regions.of_row.d)) * walk.columns;
     end_column = smaller(first_column + walk.columns, shape.gw);
     column0 = larger(first_column - 1, 0);
     column_end = smaller(end_column + 1, shape.gw);
@@ -52,7 +56,7 @@ struct Region {
   // Rows of those tiles. Not kept in registers.
   __device__ int walked_row() const { return larger(first_row - 1, 0); }
   __device__ int walked_end() const { return smaller(end_row + 1, shape.gh); }
-  __device__ int groups_of_row() const { return (column_end - column0 + walk.group - 1) / walk.group; }
+  __device__ int groups_of_row() const { return regions.group.quotient(column_end - column0 + walk.group - 1); }
 
   __device__ Group first() const { return {loaded_row, column0, smaller(walk.group, column_end - column0), 0}; }
   __device__ void advance(Group& group) const {

@@ -31,7 +31,7 @@ struct Walker {
   const Block<T>& b;
   const Copier<T, MAP> copier;
   const Weigher<T, MAP> weigher;
-  Summer<T, MAP, PAIRS> summer;
+  const Summer<T, MAP, PAIRS> summer;
 
   __device__ explicit Walker(const Block<T>& block) : b(block), copier(b), weigher{b}, summer(b) {}
 
@@ -67,6 +67,7 @@ struct Walker {
   // What the copies and sums don't fill: borders, and in stages what fills pixels or channels up to whole matrices.
   __device__ void clear() const {
     const bool filled = b.shape.h * b.shape.w % 16 || b.shape.channels % 16;
+#pragma unroll 1
     for (int i = (filled ? 0 : b.walk.zeros_at / 16) + b.thread; i < int(b.walk.shared_bytes / 16); i += b.THREADS)
       reinterpret_cast<int4*>(b.shared())[i] = int4{0, 0, 0, 0};
     gpu::barrier();

@@ -4,10 +4,11 @@
 //   zeros     16 bytes
 //   tokens    [5 rows][columns around][channel]: row i of the grid in row i % 4; row 4, and columns outside, are zeros
 //   offsets   [5 rows][columns around], for Map::differentiate: <dS, S> / mass of the super tokens
-//   totals    [3 rows][column][channel] float: sums of the super tokens that the walk is among; row i in row i % 3
+//   totals    [3 rows][column][channel] float, padded: sums of the super tokens that the walk is among; row i in row i % 3
 //   masses    [4 rows][column] float, for Map::associate; row i in row i % 4
-//   scratch   for every 32 pixels of a group SCRATCH bytes, first their products [neighbour][pixel] as float, then in
-//             the same place their weights [slot][pixel], which are summed with, and [pixel][neighbour], to be stored
+//   scratch   for every 16 pixels of a group SCRATCH bytes; two of them hold first the products of 32 pixels [neighbour]
+//             [pixel] as float, then in the same place each its pixels' weights [neighbour][pixel], which are summed
+//             with, and [pixel][neighbour], to be stored
 #pragma once
 
 #include <gpu.cuh>
@@ -20,26 +21,27 @@ namespace stvit {
 struct WalkArguments {
   PixelsToTokens call;
   Walk walk;
+  Regions regions;
   Divisor vectors;                  // 16-byte vectors of a pixel
   Divisor tile;                     // pixels of a tile
   Divisor width;                    // pixels of a tile's row
   Divisor height;                   // rows of a tile
   Divisor parts;                    // sixteens of pixels in a tile
   Divisor weight_pieces;            // 16-byte pieces of a tile row's weights
+  int tile_pieces, tile_scratch;    // pieces and bytes of scratch of a tile
   int run;                          // pixels of a run: their weights are written 2 run bytes at a time
   int pass, pass_tiles;             // pixels that all threads copy at a time, of how many tiles
+  bool whole;                       // whether those are whole rows of tiles, and tiles lie in the image as a whole
   int pass_lines, pass_columns;     // from a pixel of a tile to the one that its thread copies next,
   int pass_step, wrap_step;         // in bytes, and what it takes to wrap to the next line
   int tile_row, tile_column;        // from a tile to the one below and to the one on its right, in bytes
   int passes;                       // that a tile takes
-  Divisor pool_blocks;              // blocks of channels that are pooled
-  int pool_tiles;                   // tiles that the pooling warps take at a time
   float share;                      // 1 / (h w)
   bool token_vectors, out_vectors;  // whether super tokens are read, and sums written, eight channels at a time
 };
 
-constexpr int POOL_CHANNELS = 64;  // that a warp pools at a time
-static_assert(WALK_CHANNELS <= POOL_CHANNELS * (WALK_WARPS - SUM_WARPS));
+constexpr int POOL_CHANNELS = 32;  // that a warp pools at a time
+static_assert(POOLED_CHANNELS <= POOL_CHANNELS * (WALK_WARPS - SUM_WARPS));
 
 inline WalkArguments walk_arguments(const PixelsToTokens& call, const Walk& walk) {
   const Shape& shape = call.shape;
@@ -47,18 +49,24 @@ inline WalkArguments walk_arguments(const PixelsToTokens& call, const Walk& walk
   WalkArguments a;
   a.call = call;
   a.walk = walk;
+  const int of_row = (shape.gw + walk.columns - 1) / walk.columns;
+  a.regions = {Divisor((shape.gh + walk.rows - 1) / walk.rows * of_row), Divisor(of_row), Divisor(walk.group)};
   a.vectors = Divisor(vectors);
   a.tile = Divisor(tile);
   a.width = Divisor(shape.w);
   a.height = Divisor(shape.h);
   a.parts = Divisor(walk.pixels / 16);
   a.weight_pieces = Divisor(walk.weight_row / 16);
+  a.tile_pieces = shape.h * walk.weight_row / 16;
+  a.tile_scratch = walk.pixels / 16 * SCRATCH;
   a.run = 8;  // a run lies in one row of a tile, and begins on 2 run bytes
   while (shape.w % a.run || shape.width % a.run || reinterpret_cast<intptr_t>(call.out) % (2 * a.run)) a.run /= 2;
   const int line = int(call.pixels.row) * 2, column = int(call.pixels.column) * 2;  // of pixels, in bytes
   a.pass = 32 * WALK_WARPS / vectors;
   a.pass_tiles = a.pass / tile > 1 ? a.pass / tile : 1;
   if (a.pass > a.pass_tiles * tile) a.pass = a.pass_tiles * tile;
+  if (a.pass >= shape.w && a.pass < tile) a.pass = a.pass / shape.w * shape.w;
+  a.whole = a.pass >= shape.w && shape.height % shape.h == 0 && shape.width % shape.w == 0;
   a.pass_lines = a.pass / shape.w;
   a.pass_columns = a.pass % shape.w;
   a.pass_step = a.pass_lines * line + a.pass_columns * column;
@@ -66,21 +74,23 @@ inline WalkArguments walk_arguments(const PixelsToTokens& call, const Walk& walk
   a.tile_row = shape.h * line;
   a.tile_column = shape.w * column;
   a.passes = (tile + a.pass - 1) / a.pass;
-  a.pool_blocks = Divisor((shape.channels + POOL_CHANNELS - 1) / POOL_CHANNELS);
-  a.pool_tiles = (WALK_WARPS - SUM_WARPS) / int(a.pool_blocks.d);
   a.share = 1.f / float(tile);
   a.token_vectors = call.tokens.vectors(2);
   a.out_vectors = call.stokens.vectors(2);
   return a;
 }
 
-// Of the scratch of 32 pixels: rows, in bytes, that matrix loads and the stores before them meet in no bank twice.
-constexpr int PRODUCTS_ROW = 40 * 4, WEIGHTS_ROW = 80, STORED_AT = 9 * WEIGHTS_ROW;
-static_assert(9 * PRODUCTS_ROW <= SCRATCH && STORED_AT + 32 * 18 <= SCRATCH && SCRATCH % 16 == 0);
+// Of the scratch: rows, in bytes, that matrix loads and the stores before them meet in no bank twice.
+constexpr int PRODUCTS_ROW = 40 * 4, WEIGHTS_ROW = 48, STORED_AT = 9 * WEIGHTS_ROW;
+static_assert(9 * PRODUCTS_ROW <= 2 * SCRATCH && STORED_AT + 16 * 18 <= SCRATCH && SCRATCH % 16 == 0);
+constexpr int SLOT_TILES = 3;  // that are summed together
 
 // What one instruction moves.
 struct alignas(8) Two {
   float first, second;
+};
+struct alignas(16) Four {
+  float values[4];
 };
 
 template <typename T>
@@ -100,24 +110,24 @@ struct Block {
         walk(a.walk),
         shape(a.call.shape),
         thread(threadIdx.x),
-        warp(thread / 32),
-        region(shape, walk, index) {}
+        warp(threadIdx.x / 32),
+        region(shape, walk, a.regions, index) {}
 
   // Parts of the walk work out from the lane what they need, each time, or it would fill the registers of the others.
-  __device__ int lane() const { return gpu::anew(thread) % 32; }
+  __device__ int lane() const { return gpu::anew(thread) & 31; }
 
   static __device__ char* shared() { return gpu::shared_memory(); }
-  __device__ char* stage(const Group& group, int tile) const {
+  __device__ int stage_at(const Group& group, int tile) const {
     const int at = group.stage + tile;
-    return shared() + (at < walk.stages ? at : at - walk.stages) * walk.stage_bytes;
+    return (at < walk.stages ? at : at - walk.stages) * walk.stage_bytes;
   }
+  __device__ char* stage(const Group& group, int tile) const { return shared() + stage_at(group, tile); }
   __device__ T* pixel(char* stage, int p) const { return reinterpret_cast<T*>(stage) + p * walk.stride; }
   // Weights (grad 0) or their gradient (1) of row `line` of a tile, as copied.
   __device__ char* weight_row(char* stage, int grad, int line) const {
     return stage + walk.pixels * walk.stride * 2 + (grad * shape.h + line) * walk.weight_row;
   }
 
-  __device__ const char* zeros() const { return shared() + walk.zeros_at; }
   // Place of a super token next to a tile that the region walks over: zeros outside the grid.
   __device__ int place(int row, int column) const {
     const int ring = row >= 0 && row < shape.gh ? row & 3 : 4;
@@ -128,13 +138,13 @@ struct Block {
 
   __device__ float* total(int row, int column) const {
     return reinterpret_cast<float*>(shared() + walk.totals_at) + (row + 3) % 3 * walk.totals_row +
-           (column - region.first_column) * (walk.stride - 8);
+           (column - region.first_column) * walk.stride;
   }
   __device__ float* total_mass(int row, int column) const {
     return reinterpret_cast<float*>(shared() + walk.masses_at) + (row & 3) * walk.columns + column -
            region.first_column;
   }
-  __device__ char* scratch(int pixels32) const { return shared() + walk.scratch_at + pixels32 * SCRATCH; }
+  __device__ char* scratch(int sixteen) const { return shared() + walk.scratch_at + sixteen * SCRATCH; }
 
   // Bytes from the first weight of the image to the nine of a pixel.
   __device__ int weight(int y, int x) const { return (y * int(shape.width) + x) * 18; }

@@ -1,7 +1,8 @@
 // The copies of the walk: tiles from device to stages of shared memory, 16 bytes at a time.
 //
-// A thread keeps its place in a pixel, and where a pass of all threads covers whole tiles also its pixel in the tile: its
-// addresses advance from pass to pass by steps that the host has worked out.
+// A pass of all threads covers some tiles, or else some rows of one: a thread keeps its 16 bytes of a pixel and its column,
+// and its addresses advance by steps that the host has worked out. Where tiles lie in the image as a whole nothing
+// else is asked.
 #pragma once
 
 #include "walk_block.cuh"
@@ -36,13 +37,44 @@ struct Copier {
   __device__ void copy_pixels(const Group& group) const {
     const char* image =
         reinterpret_cast<const char*>(static_cast<const T*>(b.call.pixels.data) + b.region.image * b.call.pixels.image);
-    const int tile_column = group.column + tile0, rows = int(b.shape.height) - group.row * b.shape.h;
-    int first = group.row * b.a.tile_row + tile_column * b.a.tile_column + from0;
-    int columns = int(b.shape.width) - tile_column * b.shape.w;
+    if (!b.a.whole) return copy_inside(group, image);
+    if (b.a.passes == 1) return copy_whole<true>(group, image);
+    copy_whole<false>(group, image);
+  }
+
+  template <bool ONE_PASS>
+  __device__ void copy_whole(const Group& group, const char* image) const {
+    const char* from = image + (group.row * b.a.tile_row + (group.column + tile0) * b.a.tile_column + from0);
+    int to = b.stage_at(group, tile0) + to0;
+#pragma unroll 1
+    for (int tile = tile0; tile < group.tiles; tile += b.a.pass_tiles) {
+      gpu::copy_async(b.shared() + to, from);
+      if (!ONE_PASS) {
+        const char* next = from;
+        int at = to;
+#pragma unroll 1
+        for (int line = line0 + b.a.pass_lines; line < b.shape.h; line += b.a.pass_lines) {
+          at += b.a.pass * b.walk.stride * 2;
+          next += b.a.pass_step;
+          gpu::copy_async(b.shared() + at, next);
+        }
+      }
+      from += b.a.pass_tiles * b.a.tile_column;
+      to += b.a.pass_tiles * b.walk.stage_bytes;
+      if (to >= b.walk.ring) to -= b.walk.ring;
+    }
+  }
+
+  // What lies outside the image is zero; or a row of a tile takes more than a pass.
+  __device__ void copy_inside(const Group& group, const char* image) const {
+    const int rows = int(b.shape.height) - group.row * b.shape.h;
+    int columns = int(b.shape.width) - (group.column + tile0) * b.shape.w;
+    int first = group.row * b.a.tile_row + (group.column + tile0) * b.a.tile_column + from0;
 #pragma unroll 1
     for (int tile = tile0; tile < group.tiles; tile += b.a.pass_tiles) {
       char* to = b.stage(group, tile) + to0;
       int from = first, line = line0, column = column0;
+#pragma unroll 1
       for (int left = b.a.passes; line < b.shape.h;) {
         const bool inside = line < rows && column < columns;
         gpu::copy_async(to, image + (inside ? from : 0), inside ? 16 : 0);
@@ -64,10 +96,12 @@ struct Copier {
 
   // The weights of a tile's row begin at any even byte: copied are the 16-byte pieces that they touch.
   __device__ void copy_weights(const Group& group, int grad, const void* given) const {
+    const int pieces = group.tiles * b.a.tile_pieces;
+    if (b.warp * 32 >= pieces) return;
     const int skipped = b.misalignment();
     const char* image = static_cast<const char*>(given) + b.image_weights() - skipped;
 #pragma unroll 1
-    for (int i = b.thread; i < group.tiles * b.shape.h * int(b.a.weight_pieces.d); i += Block<T>::THREADS) {
+    for (int i = b.thread; i < pieces; i += Block<T>::THREADS) {
       const int place = b.a.weight_pieces.quotient(i), piece = i - place * int(b.a.weight_pieces.d);
       const int tile = b.a.height.quotient(place), line = place - tile * b.shape.h;
       const int y = group.row * b.shape.h + line, x = (group.column + tile) * b.shape.w;

@@ -1,7 +1,8 @@
 // Initial super tokens: the means over the tiles of a group that has arrived, as products with ones.
 //
-// A warp takes 64 channels of a tile. Of the matrix on the left only row i is ones while channels 8 i .. 8 i + 7 are on
-// the right, so that one sum (rows x 8 columns) ends up with 8 channels a row, and every lane with two of them.
+// A warp takes 32 channels of up to eight tiles: of the matrix on the left row i is ones while the pixels of tile i are on
+// the right, the others are zeros. Zero times infinity or NaN is NaN: where a sum is not finite, the tiles are taken one
+// by one.
 #pragma once
 
 #include "walk_block.cuh"
@@ -10,45 +11,70 @@ namespace stvit {
 
 template <typename T>
 struct Pooler {
+  static constexpr int PAIRS = POOL_CHANNELS / 16;
+
   const Block<T>& b;
 
   __device__ void pool(const Group& group) const {
-    const int lane = b.lane(), r = lane / 4, index = b.warp - SUM_WARPS;
-    const int tile0 = b.a.pool_blocks.quotient(index), block = index - tile0 * int(b.a.pool_blocks.d);
-    if (tile0 >= smaller(b.a.pool_tiles, group.tiles)) return;
-    const int channel0 = block * POOL_CHANNELS;
-    const int sixteens = smaller((int(b.shape.channels) - channel0 + 15) / 16, POOL_CHANNELS / 16);
-    const uint32_t one = gpu::pack(gpu::narrow<T>(1), gpu::narrow<T>(1));
-    const int channel = channel0 + lane * 2, row = group.row;
+    const int channel0 = (b.warp - SUM_WARPS) * POOL_CHANNELS, channels = int(b.shape.channels);
+    if (channel0 >= channels) return;
+    const int lane = b.lane(), r = lane / 4, at = channel0 + lane % 4 * 2;
+    const int pixels0 = (lane % 16 * b.walk.stride + channel0 + lane / 16 * 8) * 2;
+    const int row = group.row;
     gpu::warp_barrier();
+    int most = 8;
 #pragma unroll 1
-    for (int tile = tile0; tile < group.tiles; tile += b.a.pool_tiles) {
-      const T* from = b.pixel(b.stage(group, tile), lane % 16) + channel0 + lane / 16 * 8;
-      float sum[2][4] = {};
-#pragma unroll 1
-      for (int left = int(b.a.parts.d); left > 0; --left, from += 16 * b.walk.stride) {
+    for (int tile = 0, taken; tile < group.tiles; tile += taken) {
+      taken = smaller(most, group.tiles - tile);
+      float sums[PAIRS][2][4] = {};
+      add(sums, pixels0 + b.stage_at(group, tile), taken, r);
+      bool finite = true;
 #pragma unroll
-        for (int i = 0; i < POOL_CHANNELS / 16; ++i) {
-          if (i >= sixteens) break;
-          uint32_t pixels[4];
-          gpu::load_matrices_transposed(pixels, from + i * 16);
-          const uint32_t low = r == 2 * i ? one : 0, high = r == 2 * i + 1 ? one : 0;
-          gpu::multiply_add<T>(sum[0], {low, 0, low, 0}, pixels[0], pixels[1]);
-          gpu::multiply_add<T>(sum[1], {high, 0, high, 0}, pixels[2], pixels[3]);
-        }
+      for (int i = 0; i < 2 * PAIRS; ++i)
+        if (channel0 + i * 8 < channels) finite = finite && gpu::finite(sums[i / 2][i % 2][0] + sums[i / 2][i % 2][1]);
+      if (taken > 1 && gpu::any(!finite)) {
+        most = 1;
+        taken = 0;
+        continue;
       }
-      if (channel < int(b.shape.channels)) {
-        const int column = group.column + tile;
-        const uint32_t mean = gpu::pack(gpu::narrow<T>((sum[0][0] + sum[1][0]) * b.a.share),
-                                        gpu::narrow<T>((sum[0][1] + sum[1][1]) * b.a.share));
-        *reinterpret_cast<uint32_t*>(b.token(b.place(row, column)) + channel) = mean;
-        if (b.region.owns_row(row) && b.region.owns_column(column)) {
-          T* pooled = static_cast<T*>(b.call.pooled) +
-                      ((int64_t(b.region.image) * b.shape.gh + row) * b.shape.gw + column) * b.shape.channels;
-          gpu::store(reinterpret_cast<uint32_t*>(pooled + channel), mean);
-        }
+      const int column = group.column + tile + r;
+      if (r >= taken) continue;
+      T* token = b.token(b.place(row, column)) + at;
+      T* pooled = static_cast<T*>(b.call.pooled) +
+                  ((int64_t(b.region.image) * b.shape.gh + row) * b.shape.gw + column) * channels + at;
+      const bool mine = b.region.owns_row(row) && b.region.owns_column(column);
+#pragma unroll
+      for (int i = 0; i < 2 * PAIRS; ++i) {
+        if (channel0 + i * 8 >= channels) break;
+        const float* sum = sums[i / 2][i % 2];
+        const uint32_t mean = gpu::pack_narrowed<T>(sum[0] * b.a.share, sum[1] * b.a.share);
+        *reinterpret_cast<uint32_t*>(token + i * 8) = mean;
+        if (mine) gpu::store(reinterpret_cast<uint32_t*>(pooled + i * 8), mean);
       }
-      gpu::warp_barrier();
+    }
+  }
+
+  // Tile i in row i.
+  __device__ void add(float (&sums)[PAIRS][2][4], int pixels, int taken, int row) const {
+    const uint32_t one = gpu::pack(gpu::narrow<T>(1), gpu::narrow<T>(1));
+    uint32_t left[4] = {};
+#pragma unroll 1
+    for (int i = 0; i < taken; ++i) {
+      left[0] = left[2] = row == i ? one : 0;
+      const char* from = b.shared() + pixels;
+#pragma unroll 1
+      for (int sixteens = int(b.a.parts.d);; from += 32 * b.walk.stride) {
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; ++pair) {
+          uint32_t channels[4];
+          gpu::load_matrices_transposed(channels, from + pair * 32);
+          gpu::multiply_add<T>(sums[pair][0], left, channels[0], channels[1]);
+          gpu::multiply_add<T>(sums[pair][1], left, channels[2], channels[3]);
+        }
+        if (--sixteens == 0) break;
+      }
+      pixels += b.walk.stage_bytes;
+      if (pixels >= b.walk.ring) pixels -= b.walk.ring;
     }
   }
 };

@@ -1,14 +1,19 @@
-// Sums over pixels, weight^T x pixels: in registers of one warp from tile to tile, in a fixed order, without atomics.
+// Sums over pixels, weight^T x pixels: in registers of one warp for up to three tiles, in a fixed order, without atomics.
 //
-// A warp owns 16 PAIRS channels of all pixels, and 16 slots for them. Slot s holds row s / 3 - 1 of the tile's
-// neighbourhood and the super token in column c with (c + 1) % 3 = s % 3:
+// A warp owns 16 PAIRS channels of all pixels. Three tiles side by side have 3 x 5 neighbours, which are 15 of the 16 rows
+// of a product: slot s holds row s / 5 - 1 and column s % 5 - 1 of that neighbourhood. A tile reads its nine weights into
+// its own nine slots and zeros into the others:
 //
-//     tile in column   3         4         5         6
-//     slots 0 1 2      3 4 2     3 4 5     6 4 5     6 7 5       super tokens of the row above, by column; slots 3 4 5
-//                                                                those of the tile's row, slots 6 7 8 of the one below
+//     columns      2 3 4 5 6
+//     tile 3       a a a .         a: weights, .: zeros; three rows of slots
+//     tile 4         a a a
+//     tile 5           a a a
 //
-// A step to the right frees the three slots of the column that it leaves; nothing moves between registers. What they hold
-// is added to three rows of totals in shared memory, and a row that has met three rows of tiles is written out.
+// Then all that has come together is added to three rows of totals in shared memory; a row of totals that has met three
+// rows of tiles is written out.
+//
+// Zero times infinity or NaN is NaN: where a pixel of several tiles is not finite, they are taken one by one, and only
+// their own nine slots are added. So it reaches the super tokens that it reaches in the reference.
 #pragma once
 
 #include "walk_block.cuh"
@@ -19,119 +24,112 @@ template <typename T, Map MAP, int PAIRS>
 struct Summer {
   const Block<T>& b;
   const int channel0;  // of this warp
-  float sums[PAIRS][2][4];
-  float mass[4];  // of warp 0
+  // Of the row that the lane gives to matrix loads of weights, that of slot lane % 16: column of the slot, 5 where it isn't
+  // used, and bytes from a tile's weights. Then bytes from a tile's pixels.
+  int column, weights0, pixels0;
 
   __device__ explicit Summer(const Block<T>& block) : b(block), channel0(block.warp * 16 * PAIRS) {
+    const unsigned lane = unsigned(b.lane()), slot = lane % 16, own = slot % 5;
+    column = gpu::anew(slot < 15 ? own : 5);
+    weights0 = gpu::anew((slot / 5 * 3 + own) * WEIGHTS_ROW + lane / 16 * 16);
+    pixels0 = gpu::anew((slot * b.walk.stride + channel0 + lane / 16 * 8) * 2);
+  }
+
+  __device__ void add(const Group& group) const {
+    const int pairs = (int(b.shape.channels) - channel0 + 15) / 16;  // that the warp has
+    if (pairs <= 0) return;
+    const int lane = b.lane();
+    const Slot slots[2] = {Slot(b, group, lane / 4), Slot(b, group, lane / 4 + 8)};
+    gpu::warp_barrier();
+    int most = SLOT_TILES;
+#pragma unroll 1
+    for (int tile = 0, taken; tile < group.tiles; tile += taken) {
+      taken = smaller(most, group.tiles - tile);
+      float sums[PAIRS][2][4] = {}, mass[4] = {};
+      multiply(sums, mass, group, tile, taken);
+      if (taken > 1 && gpu::any(spoiled(sums, pairs, lane))) {
+        most = 1;
+        taken = 0;
+        continue;
+      }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      mass[i] = 0;
+      for (int half = 0; half < 2; ++half) {
+        const Slot& slot = slots[half];
+        if (!slot.takes(tile, taken)) continue;
+        float* total = slot.total + tile * b.walk.stride + channel0 + lane % 4 * 2;
 #pragma unroll
-      for (int pair = 0; pair < PAIRS; ++pair) sums[pair][0][i] = sums[pair][1][i] = 0;
+        for (int pair = 0; pair < PAIRS; ++pair) {
+          if (pair >= pairs) break;
+          add_to(total + pair * 16, sums[pair][0] + 2 * half);
+          add_to(total + pair * 16 + 8, sums[pair][1] + 2 * half);
+        }
+        if (MAP == Map::associate && b.warp == 0 && lane % 4 == 0) slot.mass[tile] += mass[2 * half];
+      }
     }
   }
 
-  __device__ void add(const Group& group) {
-    if (channel0 >= int(b.shape.channels)) return;
-    const int lane = b.lane(), row = lane / 8 % 2 * 8 + lane % 8;
-    // Rows of the weights that the lane gives to matrix loads, sixteen pixels after sixteen; zeros from slot 9 on.
-    const bool used = row < 9;
-    const char* weights = used ? b.scratch(0) + row * WEIGHTS_ROW + lane / 16 * 16 : b.zeros();
-    const int odd = used ? 32 : 0, even = used ? SCRATCH - 32 : 0, parts = int(b.a.parts.d);
-    const int pixels0 = (lane % 16 * b.walk.stride + channel0 + lane / 16 * 8) * 2, step = 32 * b.walk.stride;
-    const T one = gpu::narrow<T>(1);
-    Totals totals(b, group, lane, channel0);
-    int part = 0;
-    gpu::warp_barrier();
+  // The slots of some tiles side by side.
+  __device__ void multiply(float (&sums)[PAIRS][2][4], float (&mass)[4], const Group& group, int tile,
+                           int taken) const {
+    const uint32_t ones = gpu::pack(gpu::narrow<T>(1), gpu::narrow<T>(1));
+    int weights = b.walk.scratch_at + tile * b.a.tile_scratch + weights0, pixels = b.stage_at(group, tile) + pixels0;
 #pragma unroll 1
-    for (int tile = 0; tile < group.tiles; ++tile) {
-      const char* pixels = b.stage(group, tile) + pixels0;
-#pragma unroll 2
-      for (int left = parts; left > 0; --left, pixels += step) {
+    for (int i = 0; i < taken; ++i) {
+      const bool used = unsigned(column - i) < 3;  // the slot's super token is a neighbour of the tile
+      const char *row = b.shared() + (used ? weights : b.walk.zeros_at), *from = b.shared() + pixels;
+      const int step = used ? SCRATCH : 0;
+#pragma unroll 1
+      for (int left = int(b.a.parts.d);;) {
         uint32_t factors[4], channels[4];
-        gpu::load_matrices(factors, weights);
-        weights += ++part % 2 ? odd : even;
+        gpu::load_matrices(factors, row);
 #pragma unroll
         for (int pair = 0; pair < PAIRS; ++pair) {
-          gpu::load_matrices_transposed(channels, pixels + pair * 32);
+          gpu::load_matrices_transposed(channels, from + pair * 32);
           gpu::multiply_add<T>(sums[pair][0], factors, channels[0], channels[1]);
           gpu::multiply_add<T>(sums[pair][1], factors, channels[2], channels[3]);
         }
-        if (MAP == Map::associate && b.warp == 0)
-          gpu::multiply_add<T>(mass, factors, gpu::pack(one, one), gpu::pack(one, one));
+        if (MAP == Map::associate) gpu::multiply_add<T>(mass, factors, ones, ones);  // warp 0's are used
+        if (--left == 0) break;
+        row += step;
+        from += 32 * b.walk.stride;
       }
-      // The walk leaves a column; at the end of a row also the two that are left.
-#pragma unroll 1
-      for (int left = totals.column + 2 == b.region.column_end ? 3 : 1; left > 0; --left) release(totals);
-      gpu::warp_barrier();
+      weights += b.a.tile_scratch - WEIGHTS_ROW;
+      pixels += b.walk.stage_bytes;
+      if (pixels >= b.walk.ring) pixels -= b.walk.ring;
     }
   }
 
-  // Where a lane's slots go: slot r, and in the first four lanes also slot 8. Column by column.
-  struct Totals {
-    float *to, *to8, *mass, *mass8;  // totals of the super tokens in `column`
-    int column, third, own_third;    // (column + 1) % 3, which is that of the slots to free, and that of slot r
-    bool mine, mine8;                // whether the region owns the rows
+  // Slot 15 has no weights: its sums are zero unless a pixel is not finite.
+  static __device__ bool spoiled(const float (&sums)[PAIRS][2][4], int pairs, int lane) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < PAIRS * 4; ++i)
+      if (i / 4 < pairs) sum += sums[i / 4][i / 2 % 2][2 + i % 2];
+    return lane >= 28 && !(sum == 0);
+  }
 
-    __device__ Totals(const Block<T>& b, const Group& group, int lane, int channel0)
-        : column(group.column - 1), third(group.column % 3), own_third(lane / 4 % 3) {
-      const int row = group.row + lane / 12 - 1, channel = channel0 + lane % 4 * 2;
-      to = b.total(row, column) + channel;
-      to8 = b.total(group.row + 1, column) + channel;
-      mass = b.total_mass(row, column);
-      mass8 = b.total_mass(group.row + 1, column);
-      mine = b.region.owns_row(row);
-      mine8 = b.region.owns_row(group.row + 1);
+  // Where a slot's sums go, counted from the first tile of the group.
+  struct Slot {
+    float *total, *mass;
+    int column, known, columns;  // 0 to 4, 5: not to be added; column of the region; those that it owns
+
+    __device__ Slot(const Block<T>& b, const Group& group, int slot) {
+      const int line = unsigned(slot) / 5, row = group.row + line - 1;
+      column = slot - 5 * line;
+      known = group.column - 1 + column - b.region.first_column;
+      columns = b.region.end_column - b.region.first_column;
+      total = b.total(row, group.column - 1 + column);
+      mass = b.total_mass(row, group.column - 1 + column);
+      if (slot == 15 || !b.region.owns_row(row)) column = 5;
+    }
+    __device__ bool takes(int tile, int taken) const {
+      return column < taken + 2 && unsigned(known + tile) < unsigned(columns);
     }
   };
 
-  // The slots of a column that the walk leaves go to the totals and are freed.
-  __device__ void release(Totals& totals) {
-    const bool mine = b.region.owns_column(totals.column), first = threadIdx.x % 4 == 0;
-    if (totals.third == totals.own_third) {
-      if (mine && totals.mine) add_to<0>(totals.to);
-      if (MAP == Map::associate && b.warp == 0) {
-        if (mine && totals.mine && first) *totals.mass += mass[0];
-        mass[0] = mass[1] = 0;
-      }
-      clear<0>();
-    }
-    if (totals.third == 2) {
-      const bool eighth = threadIdx.x % 32 < 4;
-      if (mine && totals.mine8 && eighth) add_to<2>(totals.to8);
-      if (MAP == Map::associate && b.warp == 0) {
-        if (mine && totals.mine8 && eighth && first) *totals.mass8 += mass[2];
-        mass[2] = mass[3] = 0;
-      }
-      clear<2>();
-    }
-    totals.to += b.walk.stride - 8;
-    totals.to8 += b.walk.stride - 8;
-    ++totals.mass;
-    ++totals.mass8;
-    ++totals.column;
-    totals.third = totals.third == 2 ? 0 : totals.third + 1;
-  }
-
-  // Sums of slot r (FROM 0) or 8 (FROM 2).
-  template <int FROM>
-  __device__ void add_to(float* to) const {
-#pragma unroll
-    for (int pair = 0; pair < PAIRS; ++pair) {
-      if (channel0 + pair * 16 >= int(b.shape.channels)) break;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        Two* total = reinterpret_cast<Two*>(to + pair * 16 + i * 8);
-        *total = {total->first + sums[pair][i][FROM], total->second + sums[pair][i][FROM + 1]};
-      }
-    }
-  }
-  template <int FROM>
-  __device__ void clear() {
-#pragma unroll
-    for (int pair = 0; pair < PAIRS; ++pair)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) sums[pair][i][FROM] = sums[pair][i][FROM + 1] = 0;
+  static __device__ void add_to(float* to, const float* sums) {
+    Two* total = reinterpret_cast<Two*>(to);
+    *total = {total->first + sums[0], total->second + sums[1]};
   }
 };
 
@@ -153,15 +151,18 @@ __device__ void finish(const Block<T>& b, int row) {
       const int64_t token = (int64_t(b.region.image) * b.shape.gh + row) * b.shape.gw + column;
       if (channel == 0) gpu::store(static_cast<float*>(b.call.mass) + token, mass);
     }
-    float* total = b.total(row, column) + channel;
+    Four* total = reinterpret_cast<Four*>(b.total(row, column) + channel);
     union {
+      uint32_t pairs[4];
       T values[8];
       int4 vector;
     };
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      values[j] = gpu::narrow<T>(total[j] * factor);
-      total[j] = 0;
+    for (int half = 0; half < 2; ++half) {
+      const Four sums = total[half];
+      pairs[2 * half] = gpu::pack_narrowed<T>(sums.values[0] * factor, sums.values[1] * factor);
+      pairs[2 * half + 1] = gpu::pack_narrowed<T>(sums.values[2] * factor, sums.values[3] * factor);
+      total[half] = Four{};
     }
     T* token = to + column * view.column + channel * view.channel;
     if (b.a.out_vectors) {

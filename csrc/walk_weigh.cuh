@@ -26,7 +26,7 @@ struct Weigher {
     const int pixel0 = (lane / 16 * 8 + lane % 8) * b.walk.stride + lane / 8 % 2 * 8;
 #pragma unroll 1
     for (int part = 2 * b.warp; part < parts; part += 2 * WALK_WARPS) {
-      char* scratch = b.scratch(part / 2);
+      char* scratch = b.scratch(part);
       if (TOKENS) {
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
@@ -89,9 +89,13 @@ struct Weigher {
     if (MAP == Map::differentiate) differentiate(products, weights);
     if (TOKENS) gpu::warp_barrier();  // all have read their products
     const bool made = MAP == Map::associate || MAP == Map::differentiate;
-    leave(scratch + lane * 2, made ? products : weights, real, column);
+#pragma unroll
+    for (int k = 0; k < 9; ++k)
+      if (made && !real) products[k] = 0;
+    char* own = scratch + lane / 16 * SCRATCH;
+    leave(own + lane % 16 * 2, made ? products : weights);
     if (!TOKENS) return;
-    char* stored = scratch + STORED_AT + lane * 18;
+    char* stored = own + STORED_AT + lane % 16 * 18;
 #pragma unroll
     for (int k = 0; k < 9; ++k) reinterpret_cast<T*>(stored)[k] = gpu::narrow<T>(products[k]);
     gpu::warp_barrier();
@@ -108,17 +112,10 @@ struct Weigher {
     for (int k = 0; k < 9; ++k) to[k] = gpu::widen(reinterpret_cast<const T*>(from)[k]);
   }
 
-  // For the sums, neighbour k = 3 up + left in the slot of its super token: 3 up + (column + left) % 3.
-  __device__ void leave(char* to, const float (&weights)[9], bool real, int column) const {
-    int turn = column % 3;
+  // For the sums.
+  static __device__ void leave(char* to, const float (&weights)[9]) {
 #pragma unroll
-    for (int left = 0; left < 3; ++left) {
-      T* slot = reinterpret_cast<T*>(to + turn * WEIGHTS_ROW);
-#pragma unroll
-      for (int up = 0; up < 3; ++up)
-        slot[up * 3 * WEIGHTS_ROW / 2] = gpu::narrow<T>(real ? weights[3 * up + left] : 0.f);
-      turn = turn == 2 ? 0 : turn + 1;
-    }
+    for (int k = 0; k < 9; ++k) *reinterpret_cast<T*>(to + k * WEIGHTS_ROW) = gpu::narrow<T>(weights[k]);
   }
 
   // To device memory, RUN pixels in nine pieces. `at`: where this lane's pixel goes, -1: not at all.
@@ -131,7 +128,7 @@ struct Weigher {
       const int run = i / 9, piece = i - run * 9;
       const int to = gpu::shuffle(at, run * RUN % 32);
       if (to < 0 || run * RUN >= 32) continue;
-      const char* from = scratch + STORED_AT + run * RUN * 18 + piece * 2 * RUN;
+      const char* from = scratch + run * RUN / 16 * SCRATCH + STORED_AT + run * RUN % 16 * 18 + piece * 2 * RUN;
       gpu::store(reinterpret_cast<Piece*>(image + to + piece * 2 * RUN), *reinterpret_cast<const Piece*>(from));
     }
   }

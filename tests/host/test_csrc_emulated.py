@@ -107,6 +107,27 @@ def test_the_order_of_threads_does_not_matter(case: Case, emulation: emulated.De
         assert all(torch.equal(tensor, tensors[0]) for tensor in tensors)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_what_is_not_finite_reaches_its_neighbours_alone(value: float, device: str) -> None:
+    """Sums and means of several tiles are products with zeros for the tiles that they don't belong to."""
+    case = Case(1, 48, 12, 44, (4, 4), torch.bfloat16, layout="channels_last", grad_layout="channels_last")
+    x, y = case.pixels(device), case.random(device, case.channels, (case.height, case.width), case.grad_layout)
+    x[0, 3, 1, 17] = y[0, 3, 1, 17] = value
+    with launching(case, device):
+        _, weights, mass, pooled = torch.ops.stvit_cuda.sampling(x, *case.tile, 1, 0.1)
+        _, clean, _, _ = torch.ops.stvit_cuda.sampling(case.pixels(device), *case.tile, 1, 0.1)
+        sums = torch.ops.stvit_cuda.upsampling_backward(y, clean, *case.tile, True)
+    expected = torch.ones(case.grid, dtype=torch.bool)
+    expected[0, 4] = False
+    assert torch.equal(pooled[0].isfinite().all(-1), expected)
+    expected[:2, 3:6] = False
+    assert torch.equal(sums[0, 3].isfinite(), expected) and sums[0, 4:].isfinite().all()
+    by_tile = weights[0].isfinite().all(0).view(3, 4, 11, 4).all(3).all(1)
+    assert by_tile[expected].all() and (torch.isinf(torch.tensor(value)) or not by_tile[~expected].any())
+    expected[:, 2:7] = False
+    assert mass[0, 0][expected].isfinite().all() and not mass[0, 0].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "told"),
     [

@@ -33,6 +33,10 @@ def test_barriers_and_shuffles(order: str, samples: Device) -> None:
         sums = run(samples, "warp_sum", x.double(), torch.empty(32, dtype=torch.float64))
         assert torch.equal(sums, x[:32].double().sum().expand(32))
         assert torch.equal(run(samples, "warp_turn", x, torch.empty(32)), x[:32].flip(0))
+        one = torch.zeros(32)
+        assert not run(samples, "warp_any", one, torch.empty(32)).any()
+        one[17] = 1
+        assert run(samples, "warp_any", one, torch.empty(32)).all()
 
 
 @every_order

@@ -49,6 +49,13 @@ inline uint32_t pack(T low, T high) {
   return low.bits | uint32_t(high.bits) << 16;
 }
 
+template <typename T>
+inline uint32_t pack_narrowed(float low, float high) {
+  return pack(narrow<T>(low), narrow<T>(high));
+}
+
+inline bool finite(float x) { return std::fabs(x) < INFINITY; }
+
 inline void check_alignment(const void* address, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(address) % bytes)
     emulation::fail(std::string(what) + ": the address is no multiple of " + std::to_string(bytes));
@@ -111,6 +118,17 @@ inline T shuffle(T value, int lane) {
   };
   emulation::collective("shuffle", &mine, sizeof(mine), exchange);
   return mine.value;
+}
+
+inline bool any(bool value) {
+  int mine = value;
+  const auto combine = [](unsigned char* deposits, int) {
+    int found = 0;
+    for (int lane = 0; lane < 32; ++lane) found |= *reinterpret_cast<int*>(deposits + lane * emulation::DEPOSIT);
+    for (int lane = 0; lane < 32; ++lane) *reinterpret_cast<int*>(deposits + lane * emulation::DEPOSIT) = found;
+  };
+  emulation::collective("any", &mine, sizeof(mine), combine);
+  return mine;
 }
 
 template <int BYTES>
@@ -210,6 +228,7 @@ inline void copy_async(void* shared, const void* from, int bytes) {
   emulation::device.loaded += bytes;
   emulation::issue_copy(shared, from, bytes);
 }
+inline void copy_async(void* shared, const void* from) { copy_async(shared, from, 16); }
 inline void commit() { emulation::commit_copies(); }
 template <int LATEST>
 inline void wait() {

@@ -39,6 +39,10 @@ __global__ void warp_turn(const float* in, float* out, int64_t) {
   gpu::store(out + threadIdx.x, gpu::shuffle(gpu::load(in + threadIdx.x), 31 - int(threadIdx.x)));
 }
 
+__global__ void warp_any(const float* in, float* out, int64_t) {
+  gpu::store(out + threadIdx.x, float(gpu::any(gpu::load(in + threadIdx.x) > 0)));
+}
+
 // out (16 x 8, float) = a (16 x 16) b, b (16 x 8) after it; TRANSPOSED: b is given as (8 x 16).
 template <typename T, bool TRANSPOSED>
 __global__ void product(const T* in, float* out, int64_t) {
@@ -148,6 +152,7 @@ const std::map<std::string, Sample> samples = {
     {"warp_rotate", sample(warp_rotate<false>, 1, 32, 128)},
     {"warp_rotate without a barrier", sample(warp_rotate<true>, 1, 32, 128)},
     {"warp_sum", sample(warp_sum, 1, 32, 0)},
+    {"warp_any", sample(warp_any, 1, 32, 0)},
     {"warp_turn", sample(warp_turn, 1, 32, 0)},
     {"half product", sample(product<gpu::half, false>, 1, 32, 768)},
     {"half product transposed", sample(product<gpu::half, true>, 1, 32, 768)},
