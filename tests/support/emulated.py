@@ -198,6 +198,16 @@ class Device:
         finally:
             self.library.emulation_record(0)
 
+    @contextmanager
+    def recording(self) -> Iterator[Callable[[], object]]:
+        """Launches are noted instead of run; what is given forgets them."""
+        forget = functools.partial(self.library.emulation_record, 1)
+        forget()
+        try:
+            yield forget
+        finally:
+            self.library.emulation_record(0)
+
     def run_sample(self, name: str, given: torch.Tensor, out: torch.Tensor, n: int = 0) -> str:
         """Runs a kernel of tests/support/emulation/samples.cu; the text of its error, empty without one."""
         run = self.library.run_sample
