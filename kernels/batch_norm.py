@@ -8,7 +8,7 @@ float32, is added up in a fixed order: no atomics.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,10 +17,8 @@ from torch import Tensor
 
 from ..tensors import accumulator, empty_pixels, is_channels_last
 from . import configs, partial_sums
-from .channel_layer_norm import FEWEST, index, rows_at
-from .residual_branch import blocks_of, load_channels
-
-PROGRAMS = 1024  # of the sums at the most: at the end of each they cross its warps, with bank conflicts
+from .channel_layer_norm import index, rows_at
+from .residual_branch import Split, load_channels, split
 
 
 @triton.jit(do_not_specialize=["pixels", "count"])
@@ -158,24 +156,6 @@ def batch_norm_backward_kernel(
         slope += tl.load(skip + at, mask=seen, other=0.0).to(ACCUMULATOR)
     at = rows_at(r, H, W, dx_image, dx_row, dx_column)[:, None] + c.to(tl.int64)[None, :] * dx_channel
     tl.store(dx + at, slope.to(dx.dtype.element_ty), mask=seen)
-
-
-class Split(NamedTuple):
-    """How sums over pixels are shared: parts x across programs, each of `count` blocks of rows x channels."""
-
-    rows: int
-    channels: int
-    count: int
-    parts: int
-    across: int
-
-
-def split(x: Tensor) -> Split:
-    """Of the pixels x (B, C, H, W): at most PROGRAMS programs, none of fewer than FEWEST pixels."""
-    rows, block = blocks_of(x.shape[1])
-    pixels, across = x.numel() // x.shape[1], -(-x.shape[1] // block)
-    count = max(1, -(-pixels * across // (rows * PROGRAMS)), FEWEST // rows)
-    return Split(rows, block, count, -(-pixels // (rows * count)), across)
 
 
 def _shared(x: Tensor, shared: Split) -> dict[str, Any]:

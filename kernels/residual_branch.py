@@ -9,6 +9,8 @@ atomics. dx is dout itself, and so is dy without gamma and keep, when only the b
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ from .channel_layer_norm import FEWEST, cut, index, rows_at
 from .partial_sums import add_parts
 
 ELEMENTS = 1024  # numbers that a program of 4 warps holds at a time; twice as many spill on compute capability 8.0
-PROGRAMS = 1024  # of the backward at the most: at the end of each its sums cross its warps, with bank conflicts
+PROGRAMS = 1024  # that sum over pixels at the most: at the end of each its sums cross its warps, with bank conflicts
 
 
 @triton.jit
@@ -117,6 +119,24 @@ def blocks_of(channels: int) -> tuple[int, int]:
     return ELEMENTS // width, width
 
 
+class Split(NamedTuple):
+    """How sums over pixels are shared: parts x across programs, each of `count` blocks of rows x channels."""
+
+    rows: int
+    channels: int
+    count: int
+    parts: int
+    across: int
+
+
+def split(x: Tensor) -> Split:
+    """Of the pixels x (B, C, H, W): at most PROGRAMS programs, none of fewer than FEWEST pixels."""
+    rows, block = blocks_of(x.shape[1])
+    pixels, across = x.numel() // x.shape[1], -(-x.shape[1] // block)
+    count = max(1, -(-pixels * across // (rows * PROGRAMS)), FEWEST // rows)
+    return Split(rows, block, count, -(-pixels // (rows * count)), across)
+
+
 def residual_branch(
     x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -162,11 +182,8 @@ def residual_branch_backward(
     write = gamma is not None or keep is not None
     grad_y = empty_pixels(grad, channels, height, width, is_channels_last(grad), dtype) if write else None
     outputs = [None if parameter is None else torch.empty_like(parameter) for parameter in (gamma, bias)]
-    rows, block = blocks_of(channels)
+    rows, block, count, parts, across = split(grad)
     pixels = batch * height * width
-    across = -(-channels // block)
-    count = max(1, -(-pixels * across // (rows * PROGRAMS)), FEWEST // rows)
-    parts = -(-pixels // (rows * count))
     given = [output for output in outputs if output is not None]
     partial = grad.new_empty((parts, len(given), channels), dtype=accumulator(grad.dtype))
     y, dy = grad if y is None else y, grad if grad_y is None else grad_y

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stvit.functional import batch_norm_and_skip
-from stvit.kernels import batch_norm as kernels
 from stvit.kernels import residual_branch
 from stvit.modules import SuperTokenBlock
 from stvit.tensors import is_channels_last, memory_format
@@ -60,7 +59,7 @@ def compute(case: Case, device: str, backend: str, dtype: torch.dtype) -> Result
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(residual_branch, "ELEMENTS", case.elements or residual_branch.ELEMENTS)
-        patch.setattr(kernels, "PROGRAMS", case.programs or kernels.PROGRAMS)
+        patch.setattr(residual_branch, "PROGRAMS", case.programs or residual_branch.PROGRAMS)
         y, skip = batch_norm_and_skip(x, *parameters, *statistics(parameters[0]), 0.1, 1e-5, backend)
         assert y.is_contiguous(memory_format=memory_format(is_channels_last(x))) and torch.equal(skip, x)
         grads = torch.autograd.grad((y, skip), leaves, case.grads(device, dtype))
@@ -128,7 +127,7 @@ def test_drawn_cases(case: Case, device: str) -> None:
 
 def test_gradient_is_true(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual_branch, "ELEMENTS", 32)  # two pixels
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    monkeypatch.setattr(residual_branch, "PROGRAMS", 2)
     shapes = [(2, 3, 3, 2), (3,), (3,)]
     inputs = [torch.randn(shape, dtype=DOUBLE, device=device, requires_grad=True) for shape in shapes]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from stvit import modules
 from stvit.functional import batch_norm_conv_and_skip
-from stvit.kernels import batch_norm, residual_branch
 from stvit.kernels import batch_norm_conv as kernels
+from stvit.kernels import residual_branch
 from stvit.modules import SuperTokenBlock
 from tests.kernels.test_batch_norm import several, statistics
 from tests.support.block_cases import Pixels, Results, check, drawn_pixels, ids, leaf, saving
@@ -63,7 +63,7 @@ def compute(case: Case, device: str, backend: str, dtype: torch.dtype) -> Result
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(residual_branch, "ELEMENTS", case.elements or residual_branch.ELEMENTS)
-        patch.setattr(batch_norm, "PROGRAMS", case.programs or batch_norm.PROGRAMS)
+        patch.setattr(residual_branch, "PROGRAMS", case.programs or residual_branch.PROGRAMS)
         patch.setattr(kernels, "ROWS", case.rows or kernels.ROWS)
         patch.setattr(kernels, "ELEMENTS", case.held or kernels.ELEMENTS)
         running = statistics(weight)
@@ -155,7 +155,7 @@ def test_large_means_cost_no_precision(mean: float, device: str) -> None:
 
 def test_gradient_is_true(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual_branch, "ELEMENTS", 32)
-    monkeypatch.setattr(batch_norm, "PROGRAMS", 2)
+    monkeypatch.setattr(residual_branch, "PROGRAMS", 2)
     monkeypatch.setattr(kernels, "ROWS", 2)
     shapes = [(3,), (3,), (4, 3, 1, 1), (4,)]
     x = torch.randn(2, 3, 3, 2, dtype=DOUBLE, device=device).contiguous(memory_format=torch.channels_last)
