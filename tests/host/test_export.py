@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,18 @@ def test_onnx_is_as_exact_fixed_as_dynamic(tmp_path: Path, dynamic: bool | str) 
         (y,) = session.run(None, {"x": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), model(images), rtol=1e-5, atol=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.compiled_all  # minutes of g++
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles with g++, which is not there")
+def test_a_compiled_package(tmp_path: Path) -> None:
+    """AOTInductor's, for this CPU, in plain operators."""
+    from torch._inductor import aoti_load_package
+
+    model = tiny(**TWO_STAGES, stoken_size=(8, 1))
+    path = stvit.export(model, tmp_path / "model.pt2", format="aoti", example=torch.randn(2, 3, 64, 64))
+    x = torch.randn(5, 3, 64, 64)
+    torch.testing.assert_close(aoti_load_package(str(path))(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:
