@@ -110,7 +110,10 @@ def test_the_order_of_threads_does_not_matter(case: Case, emulation: emulated.De
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_what_is_not_finite_reaches_its_neighbours_alone(value: float, device: str) -> None:
     """Sums and means of several tiles are products with zeros for the tiles that they don't belong to."""
-    case = Case(1, 48, 12, 44, (4, 4), torch.bfloat16, layout="channels_last", grad_layout="channels_last")
+    region = (1, 232448)  # one of whole rows
+    case = Case(
+        1, 48, 12, 44, (4, 4), torch.bfloat16, layout="channels_last", grad_layout="channels_last", limits=region
+    )  # fmt: skip
     x, y = case.pixels(device), case.random(device, case.channels, (case.height, case.width), case.grad_layout)
     x[0, 3, 1, 17] = y[0, 3, 1, 17] = value
     with launching(case, device):
