@@ -278,6 +278,7 @@ def batch_norm_conv_and_skip(
     conv_weight, conv_bias = check_conv(x, conv)
     name = dispatch.choose_for_block(backend, x)
     whole = x.is_contiguous(memory_format=torch.channels_last) and x.dtype == autocast_dtype(x)
+    whole = whole and running_mean.is_contiguous() and running_var.is_contiguous()  # they are written in place
     if name == "reference" or not whole or x.numel() <= x.shape[1]:
         y, skip = batch_norm_and_skip(x, weight, bias, running_mean, running_var, momentum, eps, backend)
         return F.conv2d(y, conv_weight.to(y.dtype)), conv_bias, skip

@@ -177,6 +177,17 @@ def test_results_repeat_bit_for_bit(device: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_running_statistics_may_be_views(device: str) -> None:
+    """Every second number of a vector: those between stay, and the statistics are PyTorch's."""
+    x = torch.randn(2, 5, 3, 4, device=device).contiguous(memory_format=torch.channels_last)
+    ones, conv = torch.ones(5, device=device), (torch.randn(7, 5, 1, 1, device=device), torch.randn(7, device=device))
+    mean, variance = torch.zeros(10, device=device), torch.ones(10, device=device)
+    batch_norm_conv_and_skip(x, ones, ones, mean[::2], variance[::2], backend="triton", conv=conv)
+    torch.testing.assert_close(mean[::2], 0.1 * x.mean((0, 2, 3)))
+    torch.testing.assert_close(variance[::2], 0.9 + 0.1 * x.var((0, 2, 3)))
+    assert (mean[1::2] == 0).all() and (variance[1::2] == 1).all()
+
+
 def test_no_pixels_but_x_are_saved(device: str) -> None:
     x = torch.randn(2, 5, 3, 4, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, bias, conv_bias = (torch.randn(size, device=device, requires_grad=True) for size in (5, 5, 7))
