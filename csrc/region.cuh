@@ -50,7 +50,7 @@ struct Region {
     column_end = smaller(end_column + 1, shape.gw);
     const int loaded_end = walk.pools ? smaller(walked_end() + 1, shape.gh) : walked_end();
     loaded_row = walk.pools ? larger(walked_row() - 1, 0) : walked_row();
-    groups = (loaded_end - loaded_row) * groups_of_row();
+    groups = gpu::anew((loaded_end - loaded_row) * groups_of_row());  // kept, not to be worked out again at every step
   }
 
   // Rows of those tiles. Not kept in registers.

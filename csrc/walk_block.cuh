@@ -109,8 +109,8 @@ struct Block {
         call(a.call),
         walk(a.walk),
         shape(a.call.shape),
-        thread(threadIdx.x),
-        warp(threadIdx.x / 32),
+        thread(gpu::anew(threadIdx.x)),
+        warp(gpu::anew(threadIdx.x / 32)),
         region(shape, walk, a.regions, index) {}
 
   // Parts of the walk work out from the lane what they need, each time, or it would fill the registers of the others.

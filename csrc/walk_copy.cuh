@@ -38,26 +38,36 @@ struct Copier {
     const char* image =
         reinterpret_cast<const char*>(static_cast<const T*>(b.call.pixels.data) + b.region.image * b.call.pixels.image);
     if (!b.a.whole) return copy_inside(group, image);
-    if (b.a.passes == 1) return copy_whole<true>(group, image);
-    copy_whole<false>(group, image);
+    const char* from = image + (group.row * b.a.tile_row + (group.column + tile0) * b.a.tile_column + from0);
+    if (b.a.passes == 1 && group.stage + group.tiles <= b.walk.stages) return copy_straight(group, from);
+    copy_whole(group, from);
   }
 
-  template <bool ONE_PASS>
-  __device__ void copy_whole(const Group& group, const char* image) const {
-    const char* from = image + (group.row * b.a.tile_row + (group.column + tile0) * b.a.tile_column + from0);
+  // Tiles of one pass each, in stages that follow one another.
+  __device__ void copy_straight(const Group& group, const char* from) const {
+    char* to = b.shared() + (group.stage + tile0) * b.walk.stage_bytes + to0;
+    const int from_step = b.a.pass_tiles * b.a.tile_column, to_step = b.a.pass_tiles * b.walk.stage_bytes;
+#pragma unroll 1
+    for (int left = group.tiles - tile0; left > 0; left -= 2 * b.a.pass_tiles) {
+      gpu::copy_async(to, from);
+      if (left > b.a.pass_tiles) gpu::copy_async(to + to_step, from + from_step);
+      from += 2 * from_step;
+      to += 2 * to_step;
+    }
+  }
+
+  __device__ void copy_whole(const Group& group, const char* from) const {
     int to = b.stage_at(group, tile0) + to0;
 #pragma unroll 1
     for (int tile = tile0; tile < group.tiles; tile += b.a.pass_tiles) {
       gpu::copy_async(b.shared() + to, from);
-      if (!ONE_PASS) {
-        const char* next = from;
-        int at = to;
+      const char* next = from;
+      int at = to;
 #pragma unroll 1
-        for (int line = line0 + b.a.pass_lines; line < b.shape.h; line += b.a.pass_lines) {
-          at += b.a.pass * b.walk.stride * 2;
-          next += b.a.pass_step;
-          gpu::copy_async(b.shared() + at, next);
-        }
+      for (int line = line0 + b.a.pass_lines; line < b.shape.h; line += b.a.pass_lines) {
+        at += b.a.pass * b.walk.stride * 2;
+        next += b.a.pass_step;
+        gpu::copy_async(b.shared() + at, next);
       }
       from += b.a.pass_tiles * b.a.tile_column;
       to += b.a.pass_tiles * b.walk.stage_bytes;

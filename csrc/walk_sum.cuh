@@ -36,10 +36,10 @@ struct Summer {
   }
 
   __device__ void add(const Group& group) const {
-    const int pairs = (int(b.shape.channels) - channel0 + 15) / 16;  // that the warp has
+    const int pairs = gpu::anew((int(b.shape.channels) - channel0 + 15) / 16);  // that the warp has
     if (pairs <= 0) return;
-    const int lane = b.lane();
-    const Slot slots[2] = {Slot(b, group, lane / 4), Slot(b, group, lane / 4 + 8)};
+    const int lane = b.lane(), channel = channel0 + lane % 4 * 2;
+    const Slot slots[2] = {Slot(b, group, lane / 4, channel), Slot(b, group, lane / 4 + 8, channel)};
     gpu::warp_barrier();
     int most = SLOT_TILES;
 #pragma unroll 1
@@ -56,7 +56,7 @@ struct Summer {
       for (int half = 0; half < 2; ++half) {
         const Slot& slot = slots[half];
         if (!slot.takes(tile, taken)) continue;
-        float* total = slot.total + tile * b.walk.stride + channel0 + lane % 4 * 2;
+        float* total = slot.total + tile * b.walk.stride;
 #pragma unroll
         for (int pair = 0; pair < PAIRS; ++pair) {
           if (pair >= pairs) break;
@@ -113,12 +113,12 @@ struct Summer {
     float *total, *mass;
     int column, known, columns;  // 0 to 4, 5: not to be added; column of the region; those that it owns
 
-    __device__ Slot(const Block<T>& b, const Group& group, int slot) {
+    __device__ Slot(const Block<T>& b, const Group& group, int slot, int channel) {
       const int line = unsigned(slot) / 5, row = group.row + line - 1;
       column = slot - 5 * line;
       known = group.column - 1 + column - b.region.first_column;
       columns = b.region.end_column - b.region.first_column;
-      total = b.total(row, group.column - 1 + column);
+      total = b.total(row, group.column - 1 + column) + channel;
       mass = b.total_mass(row, group.column - 1 + column);
       if (slot == 15 || !b.region.owns_row(row)) column = 5;
     }
