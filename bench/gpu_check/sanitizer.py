@@ -53,10 +53,8 @@ def sanitizer(stage: Stage) -> None:
         found = planted.get("errors", 0) > 0
         note = "a planted fault is found" if found else "a planted fault is NOT found"
         planted.update(status="passed" if found else "failed", note=note)
-    for place, check in enumerate(CHECKS):
-        watch(
-            stage, program, check, stage.left / (len(CHECKS) - place)
-        )  # a slow tool must not take the next one's time
+    for place, check in enumerate(CHECKS):  # a slow tool must not take the next one's time
+        watch(stage, program, check, stage.left / (len(CHECKS) - place))
 
 
 def watch(stage: Stage, program: str, check: str, seconds: float, *chosen: str) -> None:

@@ -60,10 +60,6 @@ def _shapes(text: str) -> list[Shape]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _batches(text: str) -> list[int]:
-    return [console.positive(part) for part in text.split(",")]
-
-
 def parser() -> argparse.ArgumentParser:
     p = console.parser("ops", "Time each op against its baselines and the floor of its bytes.", EXAMPLES)
     add = p.add_argument
@@ -73,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
     ):  # fmt: skip
         add(f"--{flag}", type=console.some(named), metavar="LIST", help=f"some of {', '.join(named)}")
     add("--shape", type=_shapes, metavar="LIST", help="S/1/224 (model, stage, image) or BxCxHxW/hxw, with commas")
-    add("--batch", type=_batches, metavar="LIST", help="images, with commas")
+    add("--batch", type=lambda text: list(map(console.positive, text.split(","))), metavar="LIST",
+        help="images, with commas")  # fmt: skip
     add("--quick", action="store_true", help="a few cases, about a minute")
     add("--gate", action="store_true", help="the correctness gate alone, no times")
     add("--minutes", type=console.above_zero, help="when to stop (default: 8, with --quick 1)")

@@ -93,11 +93,8 @@ def describe(op: Op, problem: Problem, contender: Contender, pass_: str) -> Row:
         "op": op.name,
         "shape": shape.name,
         "batch": problem.batch,
-        "channels": shape.channels,
-        "height": shape.height,
-        "width": shape.width,
+        **{name: getattr(shape, name) for name in ("channels", "height", "width", "heads")},
         "tile": list(shape.tile),
-        "heads": shape.heads,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "mode": next(name for name, grad in MODES.items() if grad == problem.association_grad),
         "contender": contender.name,
@@ -165,9 +162,8 @@ def pass_gate(row: Row, verdict: Verdict) -> None:
     row["gate"] = {**verdict.as_row(), "errors": errors}
     row["status"] = "gate only" if verdict.passed else "failed gate"
     if not verdict.passed:
-        name, share = verdict.worst_name, verdict.worst
-        error = verdict.errors[name]
-        row["error"] = f"failed gate: {name} is off by {error:.3g}, {share:.3g} times what a kernel is allowed"
+        name, off = verdict.worst_name, verdict.errors[verdict.worst_name]
+        row["error"] = f"failed gate: {name} is off by {off:.3g}, {verdict.worst:.3g} times what a kernel is allowed"
 
 
 def rotated(op: Op, problem: Problem, contender: Contender, implementation: Implementation) -> list[gate.Calls]:
@@ -192,9 +188,7 @@ def timed(run: Run, op: Op, problem: Problem, pass_: str, calls: Sequence[Callab
     floor = forward if pass_ == "forward" else forward + backward
     return {
         "status": "timed",
-        "median_ms": took.median,
-        "p20_ms": took.p20,
-        "p80_ms": took.p80,
+        **{f"{name}_ms": getattr(took, name) for name in ("median", "p20", "p80")},
         "repeats": took.repeats,
         "host_ms": host,
         "peak_bytes": timing.peak_bytes(calls[0], run.device),

@@ -46,11 +46,6 @@ class Result(NamedTuple):
     about: dict[str, Any]  # the whole file
 
 
-def fresh(benchmark: str, rows: list[Row]) -> Result:
-    """Rows that are in no file yet."""
-    return Result(Path(), benchmark, {}, rows, {})
-
-
 class Group(NamedTuple):
     """What is compared with each other: rows of one file that differ in the contender alone."""
 

@@ -157,10 +157,8 @@ def write_ceiling(path: Path, args: argparse.Namespace) -> None:
     before = json.loads(path.read_text())["ceilings"] if path.exists() else {}
     settings = {name: getattr(args, name) for name in ("model", "batch", "size", "dtype", "backend")}
     found = ceilings(args)
-    content = {
-        "command": "python -m bench.traffic --record", "torch": torch.__version__, **settings, "ceilings": found
-    }  # fmt: skip
-    record.write_json(path, content)
+    command = {"command": "python -m bench.traffic --record", "torch": torch.__version__}
+    record.write_json(path, {**command, **settings, "ceilings": found})
     for name, figures in found.items():
         for figure, value in figures.items():
             console.say(f"{name} {figure}: {before.get(name, {}).get(figure, 'none')} -> {value}")

@@ -134,9 +134,8 @@ def run_case(case: Case, limit: float, shared: Path) -> tuple[list[Row], str]:
         return rows, "out of time"
     ending = f"ended with code {child.code}: {child.last_line()}"
     row = {key: getattr(case, key) for key in ("model", "size", "contender", "dtype")}
-    row.update(mode=missing[0], batch_asked=case.batch)
-    row["error"] = ending[:500] if in_time else f"stopped after {CASE_LIMIT:.0f} s"
-    return [*rows, row], ""
+    error = ending[:500] if in_time else f"stopped after {CASE_LIMIT:.0f} s"
+    return [*rows, {**row, "mode": missing[0], "batch_asked": case.batch, "error": error}], ""
 
 
 def run_all(
@@ -177,7 +176,7 @@ def describe(row: Row) -> str:
 def show(rows: Sequence[Row], left_out: Sequence[Row], device: torch.device) -> None:
     """The README's table, both modes; what failed and what was left out."""
     note = "" if device.type == "cuda" else " (CPU: a trial of the tool, no result)"
-    found = tables.training_groups([tables.fresh("training", list(rows))])
+    found = tables.training_groups([tables.Result(Path(), "training", {}, list(rows), {})])  # in no file yet
     for mode, title in tables.MODES.items():
         groups = [group for group in found if group.key[2] == mode]
         if groups:

@@ -152,7 +152,7 @@ def fresh_compiler() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "layerscale", "folded"),
-    [("reference", 0, False), ("triton", 0, False), ("triton", 1, False), ("triton", 1, True)],
+    [("reference", 0, False), ("triton", 0, False), ("triton", 1, True)],
 )
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_blocks_equal_eager_ones(
@@ -227,12 +227,12 @@ def calls(channels: int, side: int, dtype: torch.dtype, batch: int = 1) -> Itera
 
 
 def combinations(capability: int, share: bool) -> list[tuple[int, int, torch.dtype]]:
-    """(channels, side, dtype) of all; or of a third of them, so that each is compiled for one of the GPUs."""
+    """(channels, side, dtype) of all; or of a sixth of them, no two GPUs the same."""
     stages = [(channels, side) for side, widths in STAGES for channels in widths]
     if not share:
         return [(*stage, dtype) for stage in stages for dtype in DTYPES]
     shift = CAPABILITIES.index(capability)
-    return [(*stage, DTYPES[(i + shift) % len(DTYPES)]) for i, stage in enumerate(stages)]
+    return [(*stage, DTYPES[(i + shift) % len(DTYPES)]) for i, stage in enumerate(stages) if (i + shift) % 2 == 0]
 
 
 def compile_all(capability: int, share: bool) -> Iterator[dict[str, Any]]:
@@ -244,12 +244,17 @@ def compile_all(capability: int, share: bool) -> Iterator[dict[str, Any]]:
                 yield {"side": side, "channels": channels, "dtype": str(dtype), "op": name, **usage._asdict()}
 
 
-def test_the_shares_are_all_of_it() -> None:
+def test_the_shares_are_half_of_it() -> None:
+    """`make test` has time for no more; every stage and every dtype is in it."""
+    taken = [given for capability in CAPABILITIES for given in combinations(capability, share=True)]
     whole = combinations(80, share=False)
-    assert sorted(map(str, whole)) == sorted(str(c) for cc in CAPABILITIES for c in combinations(cc, share=True))
+    assert len(set(taken)) == len(taken) == (len(whole) + 1) // 2
+    assert {given[:2] for given in taken} == {given[:2] for given in whole} and {given[2] for given in taken} == set(
+        DTYPES
+    )
 
 
-@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.compiled_all)], ids=["a third", "all"])
+@pytest.mark.parametrize("share", [True, pytest.param(False, marks=pytest.mark.compiled_all)], ids=["a sixth", "all"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_without_spills_or_atomics(
     capability: int, share: bool, run_python: Callable[..., Any]
