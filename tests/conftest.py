@@ -42,7 +42,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 hypothesis.settings.register_profile(
     "stvit",
     deadline=None,  # the first call of a kernel compiles it
-    max_examples=25,
+    max_examples=16,
     derandomize=True,  # everyone's run is the same; `make fuzz` draws anew
     database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],

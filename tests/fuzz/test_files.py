@@ -87,7 +87,7 @@ def load(path: Path, **options: Any) -> Net:
         raise
 
 
-@settings(max_examples=150, phases=PHASES)
+@settings(max_examples=60, phases=PHASES)
 @given(name=st.sampled_from(sorted(FILES)), how=st.lists(changes(), min_size=1, max_size=3), other=st.booleans())
 def test_damaged_checkpoints(
     tmp_path_factory: pytest.TempPathFactory, name: str, how: list[Change], other: bool
@@ -162,7 +162,7 @@ def right(given: Any, own: Tensor) -> bool:
     return plain and given.layout is torch.strided and given.shape == own.shape
 
 
-@settings(max_examples=150, phases=PHASES)
+@settings(max_examples=60, phases=PHASES)
 @given(given=contents(), options=OPTIONS)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore::UserWarning")
 def test_foreign_contents(tmp_path_factory: pytest.TempPathFactory, given: Any, options: dict[str, Any]) -> None:
@@ -245,7 +245,7 @@ def read(data: bytes) -> Image.Image | None:
             return None
 
 
-@settings(max_examples=100, phases=PHASES)
+@settings(max_examples=50, phases=PHASES)
 @given(drawn=images())
 def test_images_of_every_kind(drawn: tuple[str, Image.Image, bytes]) -> None:
     kind, image, data = drawn
@@ -261,7 +261,7 @@ def test_images_of_every_kind(drawn: tuple[str, Image.Image, bytes]) -> None:
         assert np.array_equal(np.asarray(found), np.asarray(image.convert("RGB")))
 
 
-@settings(max_examples=200, phases=PHASES)
+@settings(max_examples=80, phases=PHASES)
 @given(drawn=images(), how=st.lists(changes(), min_size=1, max_size=3))
 def test_damaged_images(drawn: tuple[str, Image.Image, bytes], how: list[Change]) -> None:
     _, _, data = drawn

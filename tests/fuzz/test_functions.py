@@ -221,7 +221,7 @@ def assert_named(call: Call, error: Exception) -> None:
     assert re.match(known, text) and len(text.splitlines()) == 1, repr(error)
 
 
-@settings(max_examples=250, phases=PHASES)
+@settings(max_examples=100, phases=PHASES)
 @given(call=calls())
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Casting complex values")
 def test_functions_answer_rightly_or_name_the_argument(call: Call) -> None:

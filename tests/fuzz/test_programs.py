@@ -109,7 +109,7 @@ def ends(program: Callable[[list[str]], int | None], arguments: list[str]) -> tu
     return code, told.getvalue().strip()
 
 
-@settings(max_examples=200, phases=PHASES)
+@settings(max_examples=80, phases=PHASES)
 @given(arguments=command_lines(4))
 def test_flags_of_training_are_understood_or_refused(place: Path, arguments: list[str]) -> None:
     try:
@@ -138,7 +138,7 @@ explained = st.builds(
 )
 
 
-@settings(max_examples=60, phases=PHASES)
+@settings(max_examples=30, phases=PHASES)
 @given(
     arguments=st.lists(
         st.sampled_from([["--json"], ["--nope"], ["word"], ["--dtype", "fp7"]])

@@ -120,7 +120,7 @@ def test_listed_cases(case: Case, device: str) -> None:
         st.none() | st.integers(1, 5),
     )
 )
-@settings(max_examples=25)
+@settings(max_examples=16)
 def test_drawn_cases(case: Case, device: str) -> None:
     check_case(case, device)
 

@@ -135,7 +135,7 @@ def test_listed_cases(case: Case, device: str) -> None:
         st.booleans(),
     )
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_drawn_cases(case: Case, device: str) -> None:
     check_case(case, device)
 

@@ -77,7 +77,7 @@ def test_forward_is_the_oracle(shape: Shape, n_iter: int, full: bool) -> None:
     scale=st.sampled_from([None, 0.7, -1.0, 0.0]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_drawn_forward_is_the_oracle(
     size: tuple[int, int], tile: tuple[int, int], channels: int, n_iter: int, scale: float | None, seed: int
 ) -> None:

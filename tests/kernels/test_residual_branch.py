@@ -132,7 +132,7 @@ def test_listed_cases(case: Case, device: str) -> None:
         st.none() | st.integers(1, 5),
     )
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_drawn_cases(case: Case, device: str) -> None:
     check_case(case, device)
 

@@ -66,7 +66,7 @@ def test_listed_cases(case: Case, backend: str, device: str) -> None:
 
 
 @given(case=cases(rounds=1))
-@settings(max_examples=60, phases=PHASES)
+@settings(max_examples=30, phases=PHASES)
 def test_drawn_cases(case: Case, backend: str, device: str) -> None:
     check(case, backend, device)
 
@@ -79,7 +79,7 @@ def test_vectorized_cases(case: Case, backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
 @given(case=vectorized_cases(rounds=1))
-@settings(max_examples=100, phases=PHASES)
+@settings(max_examples=50, phases=PHASES)
 def test_drawn_vectorized_cases(case: Case, backend: str, device: str) -> None:
     check(case, backend, device)
 

@@ -45,7 +45,7 @@ TORCH = Path(torch.__file__).parent
 # The C++ of torch's headers: what it compiles extensions with.
 NAMED = re.findall(r"-std=c\+\+\d+", (TORCH / "utils" / "cpp_extension.py").read_text())
 STANDARD = max(NAMED, key=NAMED.count)
-FLAGS = [STANDARD, "-O2", "-g0", "-fPIC", "-Wfatal-errors"]
+FLAGS = [STANDARD, "-O1" if SANITIZER else "-O2", "-g0", "-fPIC", "-Wfatal-errors"]
 FLAGS += ["-U_FORTIFY_SOURCE"]  # which takes a jump between stacks for a smashed one
 FLAGS += [f"-fsanitize={SANITIZER}"] if SANITIZER else []
 INCLUDES = [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
