@@ -210,15 +210,19 @@ def test_factors_of_drop_path_are_drawn_once_whoever_calls() -> None:
     torch.testing.assert_close(block(x), expected)
 
 
-def test_one_compilation_serves_every_size() -> None:
-    """torch.compile(dynamic=True, fullgraph=True) takes eps and scale as symbols too, and compiles a block once."""
+@pytest.mark.parametrize(
+    ("dynamic", "sides", "frames"), [(True, (8, 10, 12, 16, 24), 1), (None, (8, 10, 16, 24, 11), 3)]
+)
+def test_few_compilations_serve_every_size(dynamic: bool | None, sides: tuple[int, ...], frames: int) -> None:
+    """torch.compile(fullgraph=True) takes eps and scale as symbols too: with dynamic=True one compilation for all sizes.
+    By default the first size is a case of its own, and so are those that pad a tile."""
     torch.compiler.reset()
     block, counter = SuperTokenBlock(4, 2).eval(), CompileCounterWithBackend("eager")
-    compiled = torch.compile(block, dynamic=True, fullgraph=True, backend=counter)
-    for side in (8, 10, 12, 16, 24):
+    compiled = torch.compile(block, dynamic=dynamic, fullgraph=True, backend=counter)
+    for side in sides:
         x = torch.randn(2, 4, side, side).contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(compiled(x), block(x))
-    assert counter.frame_count == 1
+    assert counter.frame_count == frames
 
 
 BESIDE_BIASES = ("mlp2.fc1", "mlp2.fc2", "mlp2.act", "mlp2.drop", "mlp2.conv") + tuple(
