@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends.dispatch import check_backend
-from .model import STViT
+from .model import STViT, unpadded_steps
 from .swap.folding import optimize_for_inference
 
 FORMATS = ("pt2", "onnx", "aoti")
@@ -64,7 +63,9 @@ def export(
     path = Path(path)
     folded = _with_backend(optimize_for_inference(model), backend)
     example = _example(folded) if example is None else example
-    steps = _steps(folded) if dynamic == "size" else None
+    if dynamic == "size" and not isinstance(folded, STViT):
+        raise ValueError(f"dynamic: 'size' is for models of stvit.STViT, got {type(folded).__name__}")
+    steps = unpadded_steps(folded) if dynamic == "size" else None
     sizes = [tuple(example.shape)]
     if dynamic:
         _, channels, height, width = sizes[0]
@@ -88,21 +89,6 @@ def _with_backend(model: Any, backend: str) -> Any:
 def _example(model: nn.Module) -> Tensor:
     place = next(model.parameters())
     return torch.randn(2, getattr(model, "in_chans", 3), 224, 224, device=place.device, dtype=place.dtype)
-
-
-def _steps(model: Any) -> tuple[int, int]:
-    """What height and width are multiples of where no stage pads a tile, nor the convolutions in front: 32, 32 for
-    tiles of 8, 4, 1 and 1 pixels at strides 4, 8, 16 and 32."""
-    if not isinstance(model, STViT):
-        raise ValueError(f"dynamic: 'size' is for models of stvit.STViT, got {type(model).__name__}")
-    strides = [info["reduction"] for info in model.feature_info]
-    blocks: list[Any] = [model.get_submodule(info["module"]) for info in model.feature_info]
-    tiles = [block.attn.stoken_size for block in blocks]
-    height, width = (
-        math.lcm(*strides, *(stride * tile[side] for stride, tile in zip(strides, tiles, strict=True)))
-        for side in (0, 1)
-    )
-    return height, width
 
 
 def _program(

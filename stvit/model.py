@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -347,6 +350,49 @@ class STViT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script takes in the model's place."""
+        return Scriptable(self)
+
+
+class Scriptable(nn.Module):
+    """The model for torch.jit.script, which can't read this package's source: a trace of the reference, for evaluation.
+
+    (B, in_chans, H, W) -> what the model returns, of any batch and size: where the trace is recorded every tile is
+    padded, so padding is a step of it, by nothing where nothing is missing. Raises RuntimeError in training mode.
+    """
+
+    def __init__(self, model: STViT) -> None:
+        super().__init__()
+        copied = copy.deepcopy(model).eval()
+        parts: list[Any] = [part for part in copied.modules() if hasattr(part, "backend")]
+        for part in parts:
+            part.backend = "reference"
+        height, width = unpadded_steps(model)
+        x = next(copied.parameters()).new_zeros(2, model.in_chans, height + 1, width + 1)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes that are looked at, by the checks
+            self.traced = torch.jit.trace(copied, x, check_trace=False)
+        self.train(model.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError("a scripted STViT is for evaluation: call eval(), or train the model itself")
+        return self.traced(x)
+
+
+def unpadded_steps(model: STViT) -> tuple[int, int]:
+    """What height and width are multiples of where no stage pads a tile, nor the convolutions in front: 32, 32 for
+    tiles of 8, 4, 1 and 1 pixels at strides 4, 8, 16 and 32."""
+    stages: list[Any] = list(model.layers)
+    strides = [4 * 2**i for i in range(len(stages))]
+    tiles = [stage.blocks[-1].attn.stoken_size for stage in stages]
+    height, width = (
+        math.lcm(*strides, *(stride * tile[side] for stride, tile in zip(strides, tiles, strict=True)))
+        for side in (0, 1)
+    )
+    return height, width
 
 
 def _stage_indices(indices: int | Sequence[int] | None, stages: int) -> list[int]:

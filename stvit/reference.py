@@ -47,10 +47,10 @@ def pixels_from_tiles(tiles: Tensor, stoken_size: tuple[int, int], size: tuple[i
 
 def neighbours(stokens: Tensor) -> Tensor:
     """(B, C, gh, gw) -> (B, T, 9, C): the 3 x 3 neighbourhood of each super token, zeros outside the grid."""
-    batch, channels, gh, gw = stokens.shape
     padded = F.pad(stokens, (1, 1, 1, 1)).permute(0, 2, 3, 1)
-    views = [padded[:, k // 3 : k // 3 + gh, k % 3 : k % 3 + gw] for k in range(9)]
-    return torch.stack(views, dim=3).reshape(batch, gh * gw, 9, channels)
+    shifts = (slice(0, -2), slice(1, -1), slice(2, None))  # no size in them, and so none in graphs of any size
+    views = [padded[:, shifts[k // 3], shifts[k % 3]] for k in range(9)]
+    return torch.stack(views, dim=3).flatten(1, 2)
 
 
 def fold(parts: Tensor, grid: tuple[int, int]) -> Tensor:

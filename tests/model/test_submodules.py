@@ -214,7 +214,7 @@ def test_factors_of_drop_path_are_drawn_once_whoever_calls() -> None:
     ("dynamic", "sides", "frames"), [(True, (8, 10, 12, 16, 24), 1), (None, (8, 10, 16, 24, 11), 3)]
 )
 def test_few_compilations_serve_every_size(dynamic: bool | None, sides: tuple[int, ...], frames: int) -> None:
-    """torch.compile(fullgraph=True) takes eps and scale as symbols too: with dynamic=True one compilation for all sizes.
+    """torch.compile(fullgraph=True) takes eps and scale as symbols too: with dynamic=True one compilation for all.
     By default the first size is a case of its own, and so are those that pad a tile."""
     torch.compiler.reset()
     block, counter = SuperTokenBlock(4, 2).eval(), CompileCounterWithBackend("eager")

@@ -261,19 +261,30 @@ def test_a_script_finds_what_lies_beside_it(run_python: RunPython, tmp_path: Pat
     assert run_python("-m", "stvit.timm_models", str(script)).stdout == "True\n"
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_timms_default_onnx_export(tmp_path: Path) -> None:
-    """What its onnx_export.py calls: the exporter by TorchScript, which records one run, batch and size included."""
-    for package in ("onnx", "onnxruntime"):
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("options", "size", "others"),
+    [
+        ({}, (64, 64), [(1, 64, 64), (3, 64, 64)]),
+        ({"dynamic_size": True}, (65, 97), [(1, 64, 96), (3, 75, 100)]),  # every tile padded: a step of the record
+        pytest.param({"use_dynamo": True}, (64, 64), [], marks=pytest.mark.compiled_all),  # a minute
+    ],
+)
+def test_timms_onnx_export(
+    options: dict[str, Any], size: tuple[int, int], others: list[tuple[int, int, int]], tmp_path: Path
+) -> None:
+    """What its onnx_export.py calls, by default the exporter by TorchScript, which records one run."""
+    for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
     from timm.utils.onnx import onnx_export, onnx_forward
 
     torch.manual_seed(0)
-    model = timm.create_model("stvit_tiny", num_classes=5).eval()
+    model = timm.create_model("stvit_tiny", num_classes=5, embed_dim=(8, 16, 24, 32), num_heads=(1, 2, 3, 4)).eval()
     path = str(tmp_path / "model.onnx")
-    onnx_export(model, path, batch_size=2, input_size=(3, 64, 64), check_forward=True)
-    images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(torch.from_numpy(onnx_forward(path, images)), model(images), rtol=1e-4, atol=1e-5)
+    onnx_export(model, path, batch_size=2, input_size=(3, *size), check_forward=True, **options)
+    for batch, height, width in [(2, *size), *others]:
+        images = torch.randn(batch, 3, height, width)
+        torch.testing.assert_close(torch.from_numpy(onnx_forward(path, images)), model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_registering_twice_is_harmless() -> None:

@@ -271,6 +271,25 @@ def test_traced_by_jit(backend: str, device: str) -> None:
     assert ("stvit::sampling" in found) == (backend == "triton")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scripted_by_jit(backend: str, tmp_path: Path) -> None:
+    """As timm's validate.py --torchscript does, before eval(): one file for every batch and size, without stvit."""
+    model = STViT(5, **SMALLEST, stoken_size=(8, (4, 2), 1, 1), backend=backend)  # type: ignore[arg-type]
+    scripted = torch.jit.script(nn.Sequential(model))
+    with pytest.raises(torch.jit.Error, match="a scripted STViT is for evaluation: call eval()"):
+        scripted(torch.randn(2, 3, 64, 64))
+    torch.jit.save(scripted.eval(), tmp_path / "model.pt")
+    loaded, reference = torch.jit.load(tmp_path / "model.pt"), copy.deepcopy(model).eval()
+    for part in (part for part in reference.modules() if hasattr(part, "backend")):
+        assert part.backend == backend
+        part.backend = "reference"
+    for shape in ((1, 3, 64, 96), (3, 3, 75, 100), (2, 3, 128, 65), (1, 3, 1, 1)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(loaded(x), reference(x), rtol=1e-5, atol=1e-6)
+    assert model.training
+
+
 @pytest.mark.parametrize("first", ["to_empty", "nothing"])
 def test_checkpoints_load_into_a_model_of_the_meta_device(first: str, tmp_path: Path) -> None:
     """Made real before or by the load, in the model's own dtype; nothing is left out silently."""
