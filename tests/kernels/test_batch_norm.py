@@ -152,7 +152,7 @@ def test_two_numbers_a_channel_are_saved_beside_x(device: str) -> None:
     assert [tuple(tensor.shape) for tensor in others] == [(5,), (5,)]
 
 
-@pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0])
+@pytest.mark.parametrize("momentum", [0.1, 0.0])
 def test_running_statistics_are_those_of_pytorch(momentum: float, device: str) -> None:
     """Over two steps and an evaluation; the count of batches too, which schedulers of momentum read."""
     block = SuperTokenBlock(8, 2, num_heads=2, backend="triton").to(device, DOUBLE)
@@ -160,7 +160,7 @@ def test_running_statistics_are_those_of_pytorch(momentum: float, device: str) -
     plain = copy.deepcopy(block)
     plain.norm2.register_forward_hook(lambda *_: None)  # it is called then
     for _ in range(2):
-        x = torch.randn(2, 8, 5, 4, device=device, dtype=DOUBLE)
+        x = torch.randn(2, 8, 3, 2, device=device, dtype=DOUBLE)
         outputs = [each(x) for each in (block, plain)]
         torch.testing.assert_close(*outputs)
         for y in outputs:
