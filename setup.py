@@ -5,6 +5,7 @@ STVIT_BUILD_CUDA=0 leaves the extension out; 1 fails where it can't be built, in
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -55,4 +56,11 @@ def extension_options():
     }
 
 
-setup(**extension_options())
+def description():
+    """README.md for a package index, where files beside it can't be reached: links and pictures of them left out."""
+    text = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^]]*\]\((?!https:)[^)]*\)\n+", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^]]+)\]\((?!https:)[^)]*\)", r"\1", text)
+
+
+setup(long_description=description(), long_description_content_type="text/markdown", **extension_options())

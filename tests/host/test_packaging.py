@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tarfile
 import zipfile
@@ -104,6 +105,20 @@ def test_wheel_has_the_package_and_nothing_else(built):
     assert code == sources | kernels | cuda | {"stvit/py.typed"}
     metadata = {name.split("/", 1)[1] for name in built.wheel if ".dist-info/" in name}
     assert {"licenses/LICENSE", "entry_points.txt"} <= metadata
+
+
+def test_what_an_index_shows(built):
+    """Links that hold away from the repository, and the extras that messages and pages name."""
+    (path,) = built.unpacked.glob("*.dist-info/METADATA")
+    header, _, readme = path.read_text(encoding="utf-8").partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in header and readme.startswith("# stvit")
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", readme) if not link.startswith("https://")] == []
+    assert "https://arxiv.org/abs/2211.11167" in readme and "Troubleshooting, Compatibility" in readme
+    extras = set(re.findall(r"^Provides-Extra: (\w+)$", header, re.MULTILINE))
+    files = [*(ROOT / "stvit").rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    texts = [file.read_text() for file in files]
+    named = {name for text in texts for name in re.findall(r"(?:stvit|'\.)\[(\w+)\]'", text)}
+    assert {"train", "export"} <= named <= extras
 
 
 def test_console_scripts_name_functions():
