@@ -1,6 +1,6 @@
 """A model that holds the authors' kind of modules, before and after `stvit.accelerate`: same numbers, other kernels.
 
-python examples/accelerate.py
+python examples/speed_up.py
 """
 
 from __future__ import annotations
