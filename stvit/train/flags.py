@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from stvit.train.errors import UserError
 
 EXAMPLES = """\
-examples:
+examples: (after `pip install`, outside a checkout: stvit-train in the place of python main.py)
   python main.py
       train stvit_tiny on scikit-learn's handwritten digits: no download, a minute or two on a CPU
   python main.py --data-set FOLDER --data-path photos --model stvit_small --output_dir runs/photos
