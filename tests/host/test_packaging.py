@@ -157,8 +157,11 @@ def test_wheel_imports_kernels(built, bare_python, tmp_path):
 
 def test_editable_install_imports_kernels(built, bare_python, tmp_path):
     enable = f"import site; site.addsitedir({str(built.editable)!r})\n"
-    found = bare_python(enable + IMPORT_ALL, built.editable, cwd=tmp_path)
-    assert found == expected_files(built.checkout / "stvit", built.checkout / "kernels")
+    beside = tmp_path / "beside"  # where a checkout is, in a folder of the package's name
+    (beside / "stvit").mkdir(parents=True)
+    for cwd, first in ((tmp_path, ""), (beside, f"import sys; sys.path.insert(0, {str(beside)!r})\n")):
+        found = bare_python(enable + first + IMPORT_ALL, built.editable, cwd=cwd)
+        assert found == expected_files(built.checkout / "stvit", built.checkout / "kernels")
 
 
 def test_the_package_named_kernels_is_not_shadowed(built, bare_python, tmp_path):
