@@ -104,17 +104,19 @@ def count(launch: Any, images: int, pixels: int, architecture: int) -> Count:
     return Count(launch.kernel, pixels, found)
 
 
-def calls(shape: tuple[int, int, int, int], tile: tuple[int, int]) -> dict[str, Callable[[], object]]:
+def calls(
+    shape: tuple[int, int, int, int], tile: tuple[int, int], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Callable[[], object]]:
     """The ops, on tensors of the right kind whose values do not matter."""
     batch, channels, height, width = shape
     grid = height // tile[0], width // tile[1]
 
     def pixels(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        return torch.empty(size, dtype=dtype).to(memory_format=torch.channels_last)
 
     x, stokens = pixels(*shape), pixels(batch, channels, *grid)
-    weights = torch.empty((batch, height, width, 9), dtype=torch.bfloat16).permute(0, 3, 1, 2)
-    pooled = torch.empty((batch, *grid, channels), dtype=torch.bfloat16)
+    weights = torch.empty((batch, height, width, 9), dtype=dtype).permute(0, 3, 1, 2)
+    pooled = torch.empty((batch, *grid, channels), dtype=dtype)
     mass = torch.empty((batch, 1, *grid))
     ops, scale = torch.ops.stvit_cuda, channels**-0.5
     return {
@@ -145,12 +147,13 @@ def main() -> None:
     parser.add_argument("architectures", nargs="+", help="compute capabilities, as 9.0")
     parser.add_argument("--parts", action="store_true", help="also where in `run` the instructions come from")
     parser.add_argument("--shapes", nargs="+", default=["stage 1", "stage 2"], choices=SHAPES)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--ops", nargs="+", help="beginnings of ops; all by default")
     arguments = parser.parse_args()
     device = emulated.device()
     for name in arguments.shapes:
         shape, tile = SHAPES[name]
-        for op, call in calls(shape, tile).items():
+        for op, call in calls(shape, tile, getattr(torch, arguments.dtype)).items():
             if arguments.ops and not any(op == wanted for wanted in arguments.ops):
                 continue
             for launch in device.recorded(call):

@@ -263,10 +263,11 @@ def to_uniform(self: Warp, one: Instruction) -> None:
 
 # Integers are divided by way of float reciprocals; they are corrected afterwards, so the last bit does not matter.
 def to_float(self: Warp, one: Instruction) -> None:
-    if "F64" in one.parts or "U64" in one.parts or "F16" in one.parts:
+    if "F64" in one.parts or "F16" in one.parts:
         return forget(self, one)
-    value, known = self.read(one.operands[1])
-    number = (value.astype(np.float64) if "U32" in one.parts else signed(value).astype(np.float64)).astype(np.float32)
+    wide = "U64" in one.parts
+    value, known = self.pair(one.operands[1]) if wide else self.read(one.operands[1])
+    number = (value if wide or "U32" in one.parts else signed(value)).astype(np.float64).astype(np.float32)
     self.put(one.operands[0], number.view(np.uint32).astype(np.uint64), known)
 
 
@@ -274,17 +275,27 @@ def reciprocal(self: Warp, one: Instruction) -> None:
     value, known = self.read(one.operands[1])
     if one.parts[0] != "RCP":
         return forget(self, one)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         number = np.float32(1) / value.astype(np.uint32).view(np.float32)
     self.put(one.operands[0], number.view(np.uint32).astype(np.uint64), known)
 
 
 def to_integer(self: Warp, one: Instruction) -> None:
-    if "U64" in one.parts or "F64" in one.parts:
+    if "F64" in one.parts:
         return forget(self, one)
     value, known = self.read(one.operands[1])
-    number = np.clip(np.nan_to_num(value.astype(np.uint32).view(np.float32).astype(np.float64)), 0, 2**32 - 1)
-    self.put(one.operands[0], number.astype(np.uint64), known)
+    number = np.nan_to_num(value.astype(np.uint32).view(np.float32).astype(np.float64))
+    if "U64" in one.parts:
+        return self.put_pair(one.operands[0], np.clip(number, 0, 2**63).astype(np.uint64), known)
+    self.put(one.operands[0], np.clip(number, 0, 2**32 - 1).astype(np.uint64), known)
+
+
+def half_constant(self: Warp, one: Instruction) -> None:
+    """0 x 0 + a constant, two halves: how compilers set a register where the other units are busy."""
+    if not all(name.endswith("RZ") for name in one.operands[1:3]) or len(one.operands) != 5:
+        return forget(self, one)
+    high, low = (int(np.array(float(number), np.float16).view(np.uint16)) for number in one.operands[3:])
+    self.put(one.operands[0], np.full(LANES, high << 16 | low, np.uint64), ALL)
 
 
 def vote(self: Warp, one: Instruction) -> None:
@@ -338,7 +349,7 @@ OPERATIONS: dict[str, Callable[[Warp, Instruction], None]] = {
     "LEA": scale_add, "SHF": shift, "PRMT": permute, "MOV": move, "LDC": move, "ULDC": move, "CS2R": move,
     "S2R": special, "S2UR": special, "R2UR": to_uniform, "SHFL": shuffle, "LDL": reload, "STL": spill,
     "I2F": to_float, "I2FP": to_float, "MUFU": reciprocal, "F2I": to_integer, "VOTE": vote, "VOTEU": vote,
-    "P2R": pack_predicates,
+    "P2R": pack_predicates, "HFMA2": half_constant,
     "IABS": integer(lambda x: np.abs(signed(x[0])).astype(np.uint64)),
     "POPC": integer(lambda x: np.array([int(v).bit_count() for v in x[0]], np.uint64)),
 }  # fmt: skip

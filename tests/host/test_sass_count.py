@@ -67,11 +67,13 @@ def test_the_source_lines_of_an_instruction() -> None:
 
 
 def test_arithmetic_follows_the_machine() -> None:
-    """Products of 64 bits, carries, shifts and logic, each deciding how often the loop turns."""
+    """Products of 64 bits, carries, shifts, logic, constants of two halves, floats of 64 bits and back."""
     for text in (
         "IMAD.WIDE.U32 R6, R3, 0x10000, RZ ;LEA.HI R1, R6, R7, RZ, 0x1 ;",
         "SHF.R.S32.HI R1, RZ, 0x1f, R3 ;LOP3.LUT R1, R1, 0x2, RZ, 0xc0, !PT ;",
         "IADD3 R6, P2, R3, R3, RZ ;IMAD.X R1, RZ, RZ, 0x1, P2 ;",
+        "HFMA2.MMA R1, -RZ, RZ, 0, 5.9604644775390625e-08 ;MOV R5, R1 ;",
+        "I2F.U64.RP R6, R2 ;F2I.U64.TRUNC R0, R6 ;",
     ):
         lines = [
             f"        /*{0x1000 + 16 * i:04x}*/                   {part} ;"
@@ -81,5 +83,6 @@ def test_arithmetic_follows_the_machine() -> None:
         warp = sass_warp.Warp(program, bytes(1024), 0, 0, 32)
         warp.values["R3"], warp.known["R3"] = np.full(32, 0x80000000, np.uint64), np.ones(32, bool)
         warp.run()
-        expected = {"IMAD": 0x8000, "SHF": 2, "IADD3": 2}[text.split(".")[0].split(" ")[0]]
+        name = text.split(".")[0].split(" ")[0]
+        expected = {"IMAD": 0x8000, "SHF": 2, "IADD3": 2, "HFMA2": 1, "I2F": 0x80000000}[name]
         assert (warp.values["R1"] == expected).all(), text
