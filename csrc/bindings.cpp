@@ -294,7 +294,7 @@ pybind11::dict build_info() {
 // products, 3 differentiate (plan.h).
 pybind11::dict plan_of(int map, bool pool, bool grad, int64_t batch, int64_t channels, int64_t height, int64_t width,
                        int64_t h, int64_t w, int element_size, int multiprocessors, int shared_bytes) {
-  const Task task{Map(map), pool, grad, element_size == 2};
+  const Task task{Map(map), pool, grad, element_size <= 4, element_size};
   const Walk walk = plan(task, shape_of(batch, channels, height, width, h, w), {multiprocessors, shared_bytes});
   pybind11::dict found;
   found["fits"] = walk.fits;

@@ -22,15 +22,36 @@ __device__ inline void associate(float (&products)[9], float scale) {
   for (float& product : products) product *= share;
 }
 
-// dlogit = A (dA - sum A dA / sum A): rounded, nine weights near 0 and 1 sum to 1 only to a rounding.
+// The same to the last places of float: differences of logits are not rounded before they are scaled.
+__device__ inline void associate_single(float (&logits)[9], float scale) {
+#pragma unroll
+  for (float& logit : logits) logit *= scale;
+  float most = logits[0], sum = 0;
+#pragma unroll
+  for (const float logit : logits) most = fmaxf(most, logit);
+  const float shift = most * LOG2_E;
+#pragma unroll
+  for (float& logit : logits) sum += logit = gpu::power_of_two(fmaf(logit, LOG2_E, -shift));
+  const float share = gpu::reciprocal(sum);
+#pragma unroll
+  for (float& logit : logits) logit *= share;
+}
+
+// dlogit = A (dA - sum A dA / sum A): rounded, nine weights near 0 and 1 sum to 1 only to a rounding. SINGLE: to the last
+// places of float. There all dA are first taken less that of the pixel's own tile, which changes nothing but roundings:
+// where its weight is near 1, the mean would be near its dA, and their difference small.
+template <bool SINGLE>
 __device__ inline void differentiate(float (&slopes)[9], const float (&weights)[9]) {
   float sum = 0, mean = 0;
+  const float own = SINGLE ? slopes[4] : 0;
 #pragma unroll
   for (int k = 0; k < 9; ++k) {
     sum += weights[k];
+    if (SINGLE) slopes[k] -= own;
     mean += weights[k] * slopes[k];
   }
-  mean *= gpu::reciprocal(sum == 0 ? 1 : sum);
+  if (sum == 0) sum = 1;
+  mean = SINGLE ? mean / sum : mean * gpu::reciprocal(sum);
 #pragma unroll
   for (int k = 0; k < 9; ++k) slopes[k] = weights[k] * (slopes[k] - mean);
 }

@@ -1,5 +1,5 @@
-// Pixels to super tokens: chooses between the walk (walk.cuh), for 16-bit numbers in channels_last, and the general
-// kernels below, for everything else.
+// Pixels to super tokens: chooses between the walk (walk.cuh), for 16- and 32-bit numbers in channels_last, and the
+// general kernels below, for everything else.
 //
 // The general kernels take any strides, type, tile and channel count. One warp weighs one pixel; then one block of
 // threads owns one super token (and a block of channels), and sums over the 9 tiles around it. Nothing is folded and
@@ -212,10 +212,11 @@ void run(const PixelsToTokens& call, const Walk& walk, void* stream) {
 
 bool moves_in_vectors(const PixelsToTokens& call) {
   const auto aligned = [](const void* data) { return reinterpret_cast<intptr_t>(data) % 16 == 0; };
-  const bool narrow = call.type == Type::half || call.type == Type::bfloat16;
+  const int size = size_of(call.type);
   // Offsets within an image are 32-bit.
-  const int64_t bytes = 2 * (call.pixels.row * call.shape.height + call.pixels.column * call.shape.width);
-  return narrow && bytes < (int64_t(1) << 31) && call.pixels.vectors(2) && aligned(call.weights) && aligned(call.grad);
+  const int64_t bytes = size * (call.pixels.row * call.shape.height + call.pixels.column * call.shape.width);
+  return size <= 4 && bytes < (int64_t(1) << 31) && call.pixels.vectors(size) && aligned(call.weights) &&
+         aligned(call.grad);
 }
 
 }  // namespace
@@ -229,7 +230,7 @@ Limits current_limits() {
 void pixels_to_tokens(const PixelsToTokens& given, void* stream) {
   PixelsToTokens call = given;
   const bool pool = call.map == Map::associate && !call.tokens.data;
-  const Task task{call.map, pool, call.grad != nullptr, moves_in_vectors(call)};
+  const Task task{call.map, pool, call.grad != nullptr, moves_in_vectors(call), size_of(call.type)};
   const Walk walk = plan(task, call.shape, current_limits());
   if (walk.pools) return run_walk<Map::associate, true>(call, walk, stream);
   if (pool) {

@@ -16,22 +16,37 @@ int64_t tiles_of(int64_t count, int walked, int group) {
   return count / groups_of_row * walked + count % groups_of_row * group;
 }
 
+// Rows of shared memory: matrix loads read eight pixels at once; so do lanes with a pixel each of float, 16 bytes.
+void lay_rows(Walk& walk, const Task& task, const Shape& shape) {
+  if (task.size == 2) {
+    walk.stride = int(round_up(shape.channels, 16)) + 8;
+    walk.token_stride = walk.stride;
+    walk.totals_row = walk.columns * walk.stride + ((5 - walk.columns) * walk.stride & 31);
+    return;
+  }
+  const int64_t fours = divide_up(shape.h * shape.w, 4);
+  walk.stride = int(shape.channels / 4 | 1) * 4;
+  walk.token_stride = int(shape.channels);
+  walk.totals_row = walk.columns * walk.token_stride;
+  walk.slice_threads = int(std::max<int64_t>(shape.channels / 2, 9));
+  walk.slices = 32 * SINGLE_WARPS / walk.slice_threads;
+  walk.split = int(std::clamp<int64_t>(walk.slices / walk.group, 1, std::min<int64_t>(fours, SPLIT)));
+}
+
 // Fills in the shared memory that `walk` takes.
 void lay_out(Walk& walk, const Task& task, const Shape& shape) {
-  const int64_t channels = round_up(shape.channels, 16);
   const int walked = std::min(walk.columns + 2, shape.gw);
-  walk.stride = int(channels) + 8;
+  lay_rows(walk, task, shape);
   walk.pixels = int(round_up(shape.h * shape.w, 16));
   walk.known_columns = walked + 2;
-  walk.totals_row = walk.columns * walk.stride + ((5 - walk.columns) * walk.stride & 31);
-  walk.weight_row = int(round_up(shape.w * 18 + 14, 16));
+  walk.weight_row = int(round_up((shape.w * 9 - 1) * task.size + 16, 16));
   // While one group is weighed, the next `ahead` arrive; pooling runs a row and a group before.
   const int64_t lag = walk.pools ? divide_up(walked, walk.group) + 1 : 0;
   const int64_t kept = lag + 1 + walk.ahead;
   // Regions of part of a row differ in width, and so in where small groups come.
   walk.stages = int(walk.columns < shape.gw ? kept * walk.group : tiles_of(kept, walked, walk.group));
   const int given = task.map == Map::associate ? 0 : 1 + task.grad;
-  walk.stage_bytes = walk.pixels * walk.stride * 2 + given * shape.h * walk.weight_row;
+  walk.stage_bytes = walk.pixels * walk.stride * task.size + given * shape.h * walk.weight_row;
   int64_t at = int64_t(walk.stages) * walk.stage_bytes;
   walk.ring = int(std::min(at, MOST - 1));
   const auto take = [&](int& place, int64_t bytes) {
@@ -40,11 +55,19 @@ void lay_out(Walk& walk, const Task& task, const Shape& shape) {
   };
   const int64_t places = 5 * walk.known_columns;
   take(walk.zeros_at, 16);
-  take(walk.tokens_at, task.map == Map::weighted ? 0 : places * walk.stride * 2);
+  take(walk.tokens_at, task.map == Map::weighted ? 0 : places * walk.token_stride * task.size);
   take(walk.offsets_at, task.map == Map::differentiate ? places * 4 : 0);
   take(walk.totals_at, 3 * int64_t(walk.totals_row) * 4);
   take(walk.masses_at, task.map == Map::associate ? 4 * walk.columns * 4 : 0);
-  take(walk.scratch_at, divide_up(int64_t(walk.group) * walk.pixels, 32) * 2 * SCRATCH);
+  const int64_t pixels = int64_t(walk.group) * walk.pixels, units = int64_t(walk.group) * walk.split;
+  if (task.size == 2) {
+    take(walk.scratch_at, divide_up(pixels, 32) * 2 * SCRATCH);
+  } else {
+    take(walk.scratch_at, pixels * 36);
+    take(walk.stored_at, task.map == Map::products ? pixels * 36 : 0);
+    take(walk.partials_at, units * 9 * shape.channels * 4);
+    take(walk.partial_masses_at, task.map == Map::associate ? units * 9 * 4 : 0);
+  }
   walk.shared_bytes = at;
 }
 
@@ -83,9 +106,9 @@ Walk plan(const Task& task, const Shape& shape, const Limits& limits) {
   Walk best;
   double least = 0;
   const bool small = shape.channels <= WALK_CHANNELS && int64_t(shape.h) * shape.w <= WALK_TILE &&
-                     shape.height * shape.width < MOST / 18;  // bytes of an image's weights
+                     shape.height * shape.width < MOST / (9 * task.size);  // bytes of an image's weights
   const bool empty = shape.batch == 0 || shape.channels == 0 || shape.gh == 0 || shape.gw == 0;
-  if (!task.vectors || shape.channels % 8 || !small || empty) return best;
+  if (!task.vectors || shape.channels % (16 / task.size) || !small || empty) return best;
   for (int pools = task.pool && shape.channels <= POOLED_CHANNELS; pools >= 0; --pools)
     for (int rows = shape.gh;; rows = (rows + 1) / 2) {
       for (int columns = shape.gw;; columns = (columns + 1) / 2) {

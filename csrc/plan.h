@@ -7,6 +7,7 @@
 namespace stvit {
 
 enum class Type { half, bfloat16, single, twofold };  // fp16, bf16, fp32, fp64
+inline int size_of(Type type) { return type == Type::twofold ? 8 : type == Type::single ? 4 : 2; }
 
 // What happens to the products P = pixel . super token of a pixel with its 9 neighbours.
 enum class Map {
@@ -33,7 +34,8 @@ struct Task {
   Map map;
   bool pool = false;  // associate: super tokens are not given
   bool grad = false;  // differentiate: a gradient of the weights is given
-  bool vectors;       // pixels are 16-bit numbers that can be moved eight at a time
+  bool vectors;       // pixels are 16- or 32-bit numbers that can be moved 16 bytes at a time
+  int size;           // bytes of such a number
 };
 
 // The fast kernel of pixels_to_tokens (walk.cuh): a block of threads walks over the tiles of one region of an image,
@@ -47,9 +49,10 @@ struct Walk {
   int64_t regions = 0;  // blocks of threads
   double reads = 0;     // how often pixels are read, halos and a pass of pooling included
 
-  // Shared memory, in this order (walk_block.cuh): rows of pixels and super tokens are padded so that matrix loads meet
-  // no bank twice.
-  int stride = 0;         // elements of a row of pixels or super tokens
+  // Shared memory, in this order (walk_block.cuh): rows of pixels and super tokens are padded so that loads meet no bank
+  // twice.
+  int stride = 0;         // elements of a pixel
+  int token_stride = 0;   // elements of a super token, and of its totals
   int pixels = 0;         // pixels of a tile, rounded up to whole matrices of 16
   int known_columns = 0;  // columns of super tokens kept: those walked over, and one more on either side
   int stages = 0;         // tiles kept
@@ -57,13 +60,19 @@ struct Walk {
   int weight_row = 0;     // bytes of a tile row's weights as copied, 16-byte aligned at both ends
   int stage_bytes = 0;    // of a tile
   int totals_row = 0;     // elements of a row of totals
+  int slice_threads = 0;  // float: threads of a slice, two channels each, and one for each of 9 masses
+  int slices = 0;         // float: of the block's threads
+  int split = 0;          // float: of them, those that share a tile
   int zeros_at = 0, tokens_at = 0, offsets_at = 0, totals_at = 0, masses_at = 0, scratch_at = 0;
+  int stored_at = 0, partials_at = 0, partial_masses_at = 0;
   int64_t shared_bytes = 0;
 };
 Walk plan(const Task&, const Shape&, const Limits&);
 
 constexpr int WALK_WARPS = 16;
 constexpr int SUM_WARPS = 8;          // those that sum; the others pool meanwhile
+constexpr int SINGLE_WARPS = 8;       // for float: stages are twice as large, so steps have half the work
+constexpr int SPLIT = 16;             // for float: slices that share a tile, at most
 constexpr int WALK_CHANNELS = 384;    // at most
 constexpr int POOLED_CHANNELS = 256;  // at most where the walk pools too: registers
 constexpr int WALK_TILE = 1024;       // pixels at most

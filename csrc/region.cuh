@@ -39,7 +39,8 @@ struct Region {
   int column0, column_end;  // of the tiles that it walks over: those of its super tokens, and one further on every side
   int loaded_row, groups;   // first row of tiles that it copies; groups that it copies
 
-  __device__ Region(const Shape& shape, const Walk& walk, const Regions& regions, int index)
+  // `kept`: in registers, where there are enough.
+  __device__ Region(const Shape& shape, const Walk& walk, const Regions& regions, int index, bool kept)
       : shape(shape), walk(walk), regions(regions), image(regions.of_image.quotient(index)) {
     const int place = index - image * int(regions.of_image.d), row = regions.of_row.quotient(place);
     first_row = row * walk.rows;
@@ -51,6 +52,9 @@ struct Region {
     const int loaded_end = walk.pools ? smaller(walked_end() + 1, shape.gh) : walked_end();
     loaded_row = walk.pools ? larger(walked_row() - 1, 0) : walked_row();
     groups = gpu::anew((loaded_end - loaded_row) * groups_of_row());  // kept, not to be worked out again at every step
+    if (kept)
+      for (int* value : {&image, &first_row, &end_row, &first_column, &end_column, &column0, &column_end})
+        *value = gpu::anew(*value);
   }
 
   // Rows of those tiles. Not kept in registers.

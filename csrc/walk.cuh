@@ -1,4 +1,4 @@
-// Pixels to super tokens for 16-bit numbers: the products at the 3 x 3 pattern, the map on them, and the sums.
+// Pixels to super tokens for 16- and 32-bit numbers: the products at the 3 x 3 pattern, the map on them, and the sums.
 //
 // A block of threads walks over the tiles of one region of an image, row by row, a group of tiles at a time. Groups
 // arrive in stages of shared memory by asynchronous copies; each is read from device memory once and there serves
@@ -11,16 +11,15 @@
 //     i                    sum i - 4          pool i              copy i + 1, write a row, weigh i - 3
 //     i + 1                sum i - 3          pool i + 1          copy i + 2, write a row, weigh i - 2
 //
-// Parts: walk_block.cuh (shared memory), walk_copy.cuh, walk_pool.cuh, walk_weigh.cuh, walk_sum.cuh (the slots).
+// Parts: walk_block.cuh (shared memory), walk_copy.cuh, walk_pool.cuh, walk_weigh.cuh, walk_sum.cuh (the slots); the
+// last three for float: walk_single.cuh. There all warps sum and pool in phase 1, and in phase 2 add up what they summed.
 //
 // Bytes, X those of the pixels and A = 9/C X those of the weights: read 1 X, and those of A that the map takes; write
 // those that it makes. Regions other than whole images read the tiles around them too: plan.h, `reads`.
 #pragma once
 
 #include "walk_copy.cuh"
-#include "walk_pool.cuh"
-#include "walk_sum.cuh"
-#include "walk_weigh.cuh"
+#include "walk_single.cuh"
 
 namespace stvit {
 
@@ -38,7 +37,9 @@ struct Walker {
   __device__ void run() {
     clear();
     // Groups that pooling is ahead of weighing: a row and a group.
-    const int lag = POOLS ? b.region.groups_of_row() + 1 : 0, groups = b.region.groups;
+    int lag = POOLS ? b.region.groups_of_row() + 1 : 0;
+    if (Block<T>::SINGLE) lag = gpu::anew(lag);
+    const int groups = b.region.groups;
     Group coming = b.region.first(), arrived = coming, weighed = coming, summed = coming;
     bool sums = false;
     for (int i = 0; i < b.walk.ahead; ++i) copy(coming, i);
@@ -47,7 +48,10 @@ struct Walker {
       b.walk.ahead == 2 ? gpu::wait<1>() : gpu::wait<0>();  // for the oldest group that is being copied
       gpu::barrier();
       const bool weighs = step >= lag && b.region.walks(weighed);
-      if (b.warp < SUM_WARPS) {
+      if constexpr (Block<T>::SINGLE) {
+        if (sums) summer.add(summed);
+        if (POOLS && step < groups) Pooler<T>{b}.pool(arrived);
+      } else if (b.warp < SUM_WARPS) {
         if (sums) summer.add(summed);
       } else if (POOLS && step < groups) {
         Pooler<T>{b}.pool(arrived);
@@ -84,7 +88,9 @@ struct Walker {
   // Once the last group of a row has been summed, the row above has met all its tiles; at the end the last row too.
   __device__ void write(const Group& group) const {
     if (MAP == Map::associate && group.column == b.region.column0) clear_masses(b, group.row - 2);
+    if constexpr (Block<T>::SINGLE) summer.gather(group);
     if (group.column + group.tiles < b.region.column_end) return;
+    if constexpr (Block<T>::SINGLE) gpu::barrier();
     finish<T, MAP>(b, group.row - 1);
     if (group.row == b.region.walked_end() - 1) finish<T, MAP>(b, group.row);
   }
@@ -97,15 +103,23 @@ struct Walker {
       if (near >= 0 && near < b.shape.gh) load_token_row(near);
   }
 
+  // Of float divided, or a rounding that all channels share would meet an offset without it.
+  static __device__ float over(float value, float mass) {
+    mass += float(MASS_EPSILON);
+    return Block<T>::SINGLE ? value / mass : value * gpu::reciprocal(mass);
+  }
+
   __device__ void load_token_row(int row) const {
     const View& view = b.call.tokens;
     const T* from = static_cast<const T*>(view.data) + b.region.image * view.image + row * view.row;
     const int first = larger(b.region.column0 - 1, 0), end = smaller(b.region.column_end + 1, b.shape.gw);
 #pragma unroll 1
     for (int i = b.thread; i < (end - first) * int(b.a.vectors.d); i += b.THREADS) {
-      const int column = first + b.a.vectors.quotient(i), channel = (i - (column - first) * int(b.a.vectors.d)) * 8;
+      constexpr int VECTOR = Block<T>::VECTOR;
+      const int column = first + b.a.vectors.quotient(i);
+      const int channel = (i - (column - first) * int(b.a.vectors.d)) * VECTOR;
       union {
-        T values[8];
+        T values[VECTOR];
         int4 vector;
       };
       const T* token = from + column * view.column + channel * view.channel;
@@ -113,14 +127,13 @@ struct Walker {
         vector = gpu::load(reinterpret_cast<const int4*>(token));
       } else {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) values[j] = gpu::load(token + j * view.channel);
+        for (int j = 0; j < VECTOR; ++j) values[j] = gpu::load(token + j * view.channel);
       }
       if (MAP == Map::differentiate) {
         const int64_t place = (int64_t(b.region.image) * b.shape.gh + row) * b.shape.gw + column;
         const float mass = gpu::load(static_cast<const float*>(b.call.mass) + place);
-        const float factor = gpu::reciprocal(mass + float(MASS_EPSILON));
 #pragma unroll
-        for (int j = 0; j < 8; ++j) values[j] = gpu::narrow<T>(gpu::widen(values[j]) * factor);
+        for (int j = 0; j < VECTOR; ++j) values[j] = gpu::narrow<T>(over(gpu::widen(values[j]), mass));
         if (channel == 0) *b.offset(b.place(row, column)) = gpu::load(static_cast<const float*>(b.call.offset) + place);
       }
       *reinterpret_cast<int4*>(b.token(b.place(row, column)) + channel) = vector;
@@ -129,7 +142,7 @@ struct Walker {
 };
 
 template <typename T, Map MAP, bool POOLS, int PAIRS>
-__global__ void __launch_bounds__(32 * WALK_WARPS, 1) walk_kernel(const WalkArguments arguments) {
+__global__ void __launch_bounds__(Block<T>::THREADS, 1) walk_kernel(const WalkArguments arguments) {
   const Block<T> block(arguments, int(blockIdx.x));
   Walker<T, MAP, POOLS, PAIRS>(block).run();
 }
@@ -137,20 +150,25 @@ __global__ void __launch_bounds__(32 * WALK_WARPS, 1) walk_kernel(const WalkArgu
 template <typename T, Map MAP, bool POOLS>
 void walk_channels(const WalkArguments& a, void* stream) {
   const auto run = [&](auto kernel) {
-    gpu::launch(kernel, a.walk.regions, 32 * WALK_WARPS, a.walk.shared_bytes, stream, a);
+    gpu::launch(kernel, a.walk.regions, Block<T>::THREADS, a.walk.shared_bytes, stream, a);
   };
-  // The fewer warps sum, the fewer instructions; their time is the same.
-  if (a.call.shape.channels <= 64) return run(walk_kernel<T, MAP, POOLS, 1>);
-  if (a.call.shape.channels <= 2 * 16 * SUM_WARPS) return run(walk_kernel<T, MAP, POOLS, 2>);
-  if constexpr (!POOLS) run(walk_kernel<T, MAP, POOLS, WALK_CHANNELS / 16 / SUM_WARPS>);
+  if constexpr (Block<T>::SINGLE) {
+    run(walk_kernel<T, MAP, POOLS, 0>);
+  } else {
+    // The fewer warps sum, the fewer instructions; their time is the same.
+    if (a.call.shape.channels <= 64) return run(walk_kernel<T, MAP, POOLS, 1>);
+    if (a.call.shape.channels <= 2 * 16 * SUM_WARPS) return run(walk_kernel<T, MAP, POOLS, 2>);
+    if constexpr (!POOLS) run(walk_kernel<T, MAP, POOLS, WALK_CHANNELS / 16 / SUM_WARPS>);
+  }
 }
 
-// Runs a plan that fits, on 16-bit numbers. Each map is compiled in a file of its own: walk_<map>.cu.
+// Runs a plan that fits. Each map is compiled in a file of its own: walk_<map>.cu.
 template <Map MAP, bool POOLS = false>
 void run_walk(const PixelsToTokens& call, const Walk& walk, void* stream) {
   const WalkArguments a = walk_arguments(call, walk);
   if (call.type == Type::half) walk_channels<gpu::half, MAP, POOLS>(a, stream);
   if (call.type == Type::bfloat16) walk_channels<gpu::bfloat16, MAP, POOLS>(a, stream);
+  if (call.type == Type::single) walk_channels<float, MAP, POOLS>(a, stream);
 }
 
 }  // namespace stvit

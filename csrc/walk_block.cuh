@@ -9,6 +9,8 @@
 //   scratch   for every 16 pixels of a group SCRATCH bytes; two of them hold first the products of 32 pixels [neighbour]
 //             [pixel] as float, then in the same place each its pixels' weights [neighbour][pixel], which are summed
 //             with, and [pixel][neighbour], to be stored
+//             float: [pixel][neighbour] summed with, and for Map::products the same again, to be stored
+//   partials  float: [unit][neighbour][channel], what a slice of the threads has summed of a tile; then their masses
 #pragma once
 
 #include <gpu.cuh>
@@ -22,14 +24,18 @@ struct WalkArguments {
   PixelsToTokens call;
   Walk walk;
   Regions regions;
-  Divisor vectors;                  // 16-byte vectors of a pixel
+  Divisor vectors;       // 16-byte vectors of a pixel
+  Divisor pairs, split;  // float: twos of channels, slices that share a tile
+  Divisor pool_blocks;   // float: of 2^pool_bits vectors, which a warp pools at a time
+  int pool_bits;
+  int fours, part_fours;            // float: fours of pixels in a tile, and in what a slice takes of it
   Divisor tile;                     // pixels of a tile
   Divisor width;                    // pixels of a tile's row
   Divisor height;                   // rows of a tile
   Divisor parts;                    // sixteens of pixels in a tile
   Divisor weight_pieces;            // 16-byte pieces of a tile row's weights
   int tile_pieces, tile_scratch;    // pieces and bytes of scratch of a tile
-  int run;                          // pixels of a run: their weights are written 2 run bytes at a time
+  int run;                          // pixels of a run: of their weights as many numbers are written at a time
   int pass, pass_tiles;             // pixels that all threads copy at a time, of how many tiles
   bool whole;                       // whether those are whole rows of tiles, and tiles lie in the image as a whole
   int pass_lines, pass_columns;     // from a pixel of a tile to the one that its thread copies next,
@@ -37,7 +43,7 @@ struct WalkArguments {
   int tile_row, tile_column;        // from a tile to the one below and to the one on its right, in bytes
   int passes;                       // that a tile takes
   float share;                      // 1 / (h w)
-  bool token_vectors, out_vectors;  // whether super tokens are read, and sums written, eight channels at a time
+  bool token_vectors, out_vectors;  // whether super tokens are read, and sums written, 16 bytes at a time
 };
 
 constexpr int POOL_CHANNELS = 32;  // that a warp pools at a time
@@ -45,24 +51,32 @@ static_assert(POOLED_CHANNELS <= POOL_CHANNELS * (WALK_WARPS - SUM_WARPS));
 
 inline WalkArguments walk_arguments(const PixelsToTokens& call, const Walk& walk) {
   const Shape& shape = call.shape;
-  const int vectors = int(shape.channels) / 8, tile = shape.h * shape.w;
+  const int size = size_of(call.type), threads = 32 * (size == 2 ? WALK_WARPS : SINGLE_WARPS);
+  const int vectors = int(shape.channels) * size / 16, tile = shape.h * shape.w;
   WalkArguments a;
   a.call = call;
   a.walk = walk;
   const int of_row = (shape.gw + walk.columns - 1) / walk.columns;
   a.regions = {Divisor((shape.gh + walk.rows - 1) / walk.rows * of_row), Divisor(of_row), Divisor(walk.group)};
   a.vectors = Divisor(vectors);
+  a.pairs = Divisor(walk.slice_threads > 0 ? walk.slice_threads : 1);
+  a.split = Divisor(size == 2 ? 1 : walk.split);
+  a.pool_bits = 3;  // 8; of small tiles all at once
+  while (a.pool_bits < 5 && 1 << a.pool_bits < vectors && tile << a.pool_bits < 512) ++a.pool_bits;
+  a.pool_blocks = Divisor((vectors + (1 << a.pool_bits) - 1) >> a.pool_bits);
+  a.fours = (tile + 3) / 4;
+  a.part_fours = (a.fours + int(a.split.d) - 1) / int(a.split.d);
   a.tile = Divisor(tile);
   a.width = Divisor(shape.w);
   a.height = Divisor(shape.h);
   a.parts = Divisor(walk.pixels / 16);
   a.weight_pieces = Divisor(walk.weight_row / 16);
   a.tile_pieces = shape.h * walk.weight_row / 16;
-  a.tile_scratch = walk.pixels / 16 * SCRATCH;
-  a.run = 8;  // a run lies in one row of a tile, and begins on 2 run bytes
-  while (shape.w % a.run || shape.width % a.run || reinterpret_cast<intptr_t>(call.out) % (2 * a.run)) a.run /= 2;
-  const int line = int(call.pixels.row) * 2, column = int(call.pixels.column) * 2;  // of pixels, in bytes
-  a.pass = 32 * WALK_WARPS / vectors;
+  a.tile_scratch = size == 2 ? walk.pixels / 16 * SCRATCH : walk.pixels * 36;
+  a.run = 16 / size;  // a run lies in one row of a tile, and begins on size x run bytes
+  while (shape.w % a.run || shape.width % a.run || reinterpret_cast<intptr_t>(call.out) % (size * a.run)) a.run /= 2;
+  const int line = int(call.pixels.row) * size, column = int(call.pixels.column) * size;  // of pixels, in bytes
+  a.pass = threads / vectors;
   a.pass_tiles = a.pass / tile > 1 ? a.pass / tile : 1;
   if (a.pass > a.pass_tiles * tile) a.pass = a.pass_tiles * tile;
   if (a.pass >= shape.w && a.pass < tile) a.pass = a.pass / shape.w * shape.w;
@@ -75,8 +89,8 @@ inline WalkArguments walk_arguments(const PixelsToTokens& call, const Walk& walk
   a.tile_column = shape.w * column;
   a.passes = (tile + a.pass - 1) / a.pass;
   a.share = 1.f / float(tile);
-  a.token_vectors = call.tokens.vectors(2);
-  a.out_vectors = call.stokens.vectors(2);
+  a.token_vectors = call.tokens.vectors(size);
+  a.out_vectors = call.stokens.vectors(size);
   return a;
 }
 
@@ -95,7 +109,10 @@ struct alignas(16) Four {
 
 template <typename T>
 struct Block {
-  static constexpr int THREADS = 32 * WALK_WARPS;
+  static constexpr bool SINGLE = sizeof(T) == 4;
+  static constexpr int WARPS = SINGLE ? SINGLE_WARPS : WALK_WARPS, THREADS = 32 * WARPS;
+  static constexpr int VECTOR = 16 / sizeof(T);  // numbers of 16 bytes
+  static constexpr int WEIGHTS = 9 * sizeof(T);  // bytes of a pixel's weights
 
   const WalkArguments& a;
   const PixelsToTokens& call;
@@ -111,7 +128,7 @@ struct Block {
         shape(a.call.shape),
         thread(gpu::anew(threadIdx.x)),
         warp(gpu::anew(threadIdx.x / 32)),
-        region(shape, walk, a.regions, index) {}
+        region(shape, walk, a.regions, index, SINGLE) {}
 
   // Parts of the walk work out from the lane what they need, each time, or it would fill the registers of the others.
   __device__ int lane() const { return gpu::anew(thread) & 31; }
@@ -125,7 +142,7 @@ struct Block {
   __device__ T* pixel(char* stage, int p) const { return reinterpret_cast<T*>(stage) + p * walk.stride; }
   // Weights (grad 0) or their gradient (1) of row `line` of a tile, as copied.
   __device__ char* weight_row(char* stage, int grad, int line) const {
-    return stage + walk.pixels * walk.stride * 2 + (grad * shape.h + line) * walk.weight_row;
+    return stage + walk.pixels * walk.stride * int(sizeof(T)) + (grad * shape.h + line) * walk.weight_row;
   }
 
   // Place of a super token next to a tile that the region walks over: zeros outside the grid.
@@ -133,12 +150,14 @@ struct Block {
     const int ring = row >= 0 && row < shape.gh ? row & 3 : 4;
     return ring * walk.known_columns + column - (region.column0 - 1);
   }
-  __device__ T* token(int place) const { return reinterpret_cast<T*>(shared() + walk.tokens_at) + place * walk.stride; }
+  __device__ T* token(int place) const {
+    return reinterpret_cast<T*>(shared() + walk.tokens_at) + place * walk.token_stride;
+  }
   __device__ float* offset(int place) const { return reinterpret_cast<float*>(shared() + walk.offsets_at) + place; }
 
   __device__ float* total(int row, int column) const {
     return reinterpret_cast<float*>(shared() + walk.totals_at) + (row + 3) % 3 * walk.totals_row +
-           (column - region.first_column) * walk.stride;
+           (column - region.first_column) * walk.token_stride;
   }
   __device__ float* total_mass(int row, int column) const {
     return reinterpret_cast<float*>(shared() + walk.masses_at) + (row & 3) * walk.columns + column -
@@ -147,9 +166,9 @@ struct Block {
   __device__ char* scratch(int sixteen) const { return shared() + walk.scratch_at + sixteen * SCRATCH; }
 
   // Bytes from the first weight of the image to the nine of a pixel.
-  __device__ int weight(int y, int x) const { return (y * int(shape.width) + x) * 18; }
-  // Bytes of an image's weights: H W 18 < 2^31 is a condition of the plan, times images it may be more.
-  __device__ int64_t image_weights() const { return region.image * (shape.height * shape.width * 18); }
+  __device__ int weight(int y, int x) const { return (y * int(shape.width) + x) * WEIGHTS; }
+  // Bytes of an image's weights: less than 2^31 is a condition of the plan, times images it may be more.
+  __device__ int64_t image_weights() const { return region.image * (shape.height * shape.width * WEIGHTS); }
   // How far behind a multiple of 16 bytes the image's weights begin.
   __device__ int misalignment() const { return int(image_weights() & 15); }
 };

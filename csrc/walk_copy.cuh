@@ -11,6 +11,8 @@ namespace stvit {
 
 template <typename T, Map MAP>
 struct Copier {
+  static constexpr int SIZE = sizeof(T);
+
   const Block<T>& b;
   int tile0, line0, column0;  // the thread's first pixel: tile of a group, row and column in it
   int to0, from0;             // bytes from the stage, and from the tile's first pixel
@@ -23,8 +25,8 @@ struct Copier {
     tile0 = gpu::anew(phase < b.a.pass ? tile : b.walk.group);  // or nothing to copy
     line0 = gpu::anew(line);
     column0 = gpu::anew(column);
-    to0 = gpu::anew((p * b.walk.stride + vector * 8) * 2);
-    from0 = gpu::anew((line * int(b.call.pixels.row) + column * int(b.call.pixels.column) + vector * 8) * 2);
+    to0 = gpu::anew(p * b.walk.stride * SIZE + vector * 16);
+    from0 = gpu::anew((line * int(b.call.pixels.row) + column * int(b.call.pixels.column)) * SIZE + vector * 16);
   }
 
   // Starts the copies of a group; zeros for pixels outside the image.
@@ -65,7 +67,7 @@ struct Copier {
       int at = to;
 #pragma unroll 1
       for (int line = line0 + b.a.pass_lines; line < b.shape.h; line += b.a.pass_lines) {
-        at += b.a.pass * b.walk.stride * 2;
+        at += b.a.pass * b.walk.stride * SIZE;
         next += b.a.pass_step;
         gpu::copy_async(b.shared() + at, next);
       }
@@ -89,7 +91,7 @@ struct Copier {
         const bool inside = line < rows && column < columns;
         gpu::copy_async(to, image + (inside ? from : 0), inside ? 16 : 0);
         if (--left == 0) break;
-        to += b.a.pass * b.walk.stride * 2;
+        to += b.a.pass * b.walk.stride * SIZE;
         line += b.a.pass_lines;
         column += b.a.pass_columns;
         from += b.a.pass_step;
@@ -104,7 +106,7 @@ struct Copier {
     }
   }
 
-  // The weights of a tile's row begin at any even byte: copied are the 16-byte pieces that they touch.
+  // The weights of a tile's row begin on any number: copied are the 16-byte pieces that they touch.
   __device__ void copy_weights(const Group& group, int grad, const void* given) const {
     const int pieces = group.tiles * b.a.tile_pieces;
     if (b.warp * 32 >= pieces) return;
@@ -116,7 +118,7 @@ struct Copier {
       const int tile = b.a.height.quotient(place), line = place - tile * b.shape.h;
       const int y = group.row * b.shape.h + line, x = (group.column + tile) * b.shape.w;
       const int first = b.weight(y, x) + skipped, begin = (first & ~15) + piece * 16;
-      const int end = first + smaller(b.shape.w, int(b.shape.width) - x) * 18;
+      const int end = first + smaller(b.shape.w, int(b.shape.width) - x) * b.WEIGHTS;
       const int bytes = y < int(b.shape.height) ? larger(smaller(end - begin, 16), 0) : 0;
       gpu::copy_async(b.weight_row(b.stage(group, tile), grad, line) + piece * 16, image + (bytes ? begin : 0), bytes);
     }

@@ -133,16 +133,17 @@ struct Summer {
   }
 };
 
-// Writes the row of super tokens that has met all its tiles, and frees its totals; by all threads, eight channels each.
+// Writes the row of super tokens that has met all its tiles, and frees its totals; by all threads, 16 bytes each.
 template <typename T, Map MAP>
 __device__ void finish(const Block<T>& b, int row) {
+  constexpr int VECTOR = Block<T>::VECTOR;
   const int columns = b.region.end_column - b.region.first_column;
   if (!b.region.owns_row(row) || b.warp * 32 >= columns * int(b.a.vectors.d)) return;
   const View& view = b.call.stokens;
   T* to = static_cast<T*>(view.data) + b.region.image * view.image + row * view.row;
 #pragma unroll 1
   for (int i = b.thread; i < columns * int(b.a.vectors.d); i += Block<T>::THREADS) {
-    const int place = b.a.vectors.quotient(i), channel = (i - place * int(b.a.vectors.d)) * 8;
+    const int place = b.a.vectors.quotient(i), channel = (i - place * int(b.a.vectors.d)) * VECTOR;
     const int column = b.region.first_column + place;
     float factor = float(b.call.scale);
     if (MAP == Map::associate) {
@@ -154,22 +155,26 @@ __device__ void finish(const Block<T>& b, int row) {
     Four* total = reinterpret_cast<Four*>(b.total(row, column) + channel);
     union {
       uint32_t pairs[4];
-      T values[8];
+      T values[VECTOR];
       int4 vector;
     };
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const Four sums = total[half];
-      pairs[2 * half] = gpu::pack_narrowed<T>(sums.values[0] * factor, sums.values[1] * factor);
-      pairs[2 * half + 1] = gpu::pack_narrowed<T>(sums.values[2] * factor, sums.values[3] * factor);
-      total[half] = Four{};
+    for (int four = 0; four < VECTOR / 4; ++four) {
+      const Four sums = total[four];
+      if constexpr (Block<T>::SINGLE) {
+        for (int j = 0; j < 4; ++j) values[j] = sums.values[j] * factor;
+      } else {
+        pairs[2 * four] = gpu::pack_narrowed<T>(sums.values[0] * factor, sums.values[1] * factor);
+        pairs[2 * four + 1] = gpu::pack_narrowed<T>(sums.values[2] * factor, sums.values[3] * factor);
+      }
+      total[four] = Four{};
     }
     T* token = to + column * view.column + channel * view.channel;
     if (b.a.out_vectors) {
       gpu::store(reinterpret_cast<int4*>(token), vector);
     } else {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) gpu::store(token + j * view.channel, values[j]);
+      for (int j = 0; j < VECTOR; ++j) gpu::store(token + j * view.channel, values[j]);
     }
   }
 }

@@ -86,7 +86,7 @@ struct Weigher {
       }
     }
     if (MAP == Map::associate) associate(products, float(b.call.scale));
-    if (MAP == Map::differentiate) differentiate(products, weights);
+    if (MAP == Map::differentiate) differentiate<false>(products, weights);
     if (TOKENS) gpu::warp_barrier();  // all have read their products
     const bool made = MAP == Map::associate || MAP == Map::differentiate;
 #pragma unroll

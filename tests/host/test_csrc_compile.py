@@ -22,6 +22,7 @@ from tests.support import extensions
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # cuobjdump, and nvdisasm that it calls
 FAST = re.compile("walk|spread")
+SINGLE = re.compile("walk_kernelIf")  # of float, as its symbol says
 ATOMIC = re.compile(r"U?(ATOM|RED)[SGR]?")  # ATOM, ATOMS, ATOMG, RED, REDG; not REDUX, a sum over the lanes of a warp
 
 
@@ -105,9 +106,12 @@ def test_the_fast_kernels_keep_to_registers(taken: list[Usage]) -> None:
 
 def test_the_documented_registers_are_those_taken(taken: list[Usage]) -> None:
     text = (extensions.ROOT / "docs" / "kernels.md").read_text()
-    walk = re.search(r"`walk_kernel`, all maps \| 512 \| at most (\d+) ", text)
+    walk = re.search(r"`walk_kernel`, 16-bit \| 512 \| at most (\d+) ", text)
     spread = re.search(r"`spread_kernel` \| 128 \| at most (\d+) ", text)
-    assert walk and max(usage.registers for usage in taken if "walk" in usage.kernel) == int(walk[1])
+    single = re.search(r"`walk_kernel`, float32 \| 256 \| at most (\d+) ", text)
+    walks = [usage for usage in taken if "walk" in usage.kernel]
+    assert walk and max(usage.registers for usage in walks if not SINGLE.search(usage.kernel)) == int(walk[1])
+    assert single and max(usage.registers for usage in walks if SINGLE.search(usage.kernel)) == int(single[1])
     assert spread and max(usage.registers for usage in taken if "spread" in usage.kernel) == int(spread[1])
 
 
@@ -122,7 +126,9 @@ def test_no_kernel_holds_an_atomic_instruction(architecture: str, binary: Path, 
     assert len(counts) == sum(usage.architecture == architecture for usage in taken)
     assert atomics(counts) == []
     for kernel, found in counts.items():
-        if FAST.search(kernel):
+        if SINGLE.search(kernel):
+            assert found["FFMA"] and not found["HMMA"], f"{kernel} rounds to TF32"
+        elif FAST.search(kernel):
             assert found["HMMA"], f"no matrix instruction in {kernel}"
 
 

@@ -139,4 +139,7 @@ def test_the_real_plan(run_python: Callable[..., Any]) -> None:
     assert whole["sampling"]["regions"] == 128 and whole["sampling"]["shared_bytes"] <= H100.shared_bytes
     small = steps("128x64x56x56/8x8", "--gpu", "rtx3090")
     assert small["sampling"]["path"] == "two passes" and small["sampling"]["reads"] == 2
-    assert {step["path"] for step in steps("128x64x56x56/8x8", "--dtype", "fp32").values()} == {"general"}
+    single = steps("128x64x56x56/8x8", "--dtype", "fp32")
+    assert single["sampling"]["path"] == "single pass" and single["upsampling_backward"]["path"] == "fast"
+    assert single["upsampling"]["why"] == "the fast kernel is for 16-bit numbers"
+    assert {step["path"] for step in steps("128x64x56x56/8x8", "--dtype", "fp64").values()} == {"general"}

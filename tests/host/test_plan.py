@@ -48,16 +48,30 @@ def test_the_documented_plans_are_those_taken(row: tuple[str, ...]) -> None:
     )  # fmt: skip
 
 
+def test_the_documented_plans_of_float32_are_those_taken() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    found = re.search(r"takes groups of one tile and (\d+) KiB, .*\ngroups of four tiles and (\d+) KiB", text)
+    assert found
+    for shape, tile, group, kib in (
+        ((128, 64, 56, 56), (8, 8), 1, found[1]),
+        ((128, 128, 28, 28), (4, 4), 4, found[2]),
+    ):
+        taken = plan(shape, tile, size=4)
+        assert taken["pools"] and taken["reads"] == 1 and taken["ahead"] == 2
+        assert (taken["group"], round(taken["shared_bytes"] / 1024)) == (group, int(kib))
+
+
 @given(
     shape=st.tuples(*(st.integers(1, n) for n in (300, 80, 400, 400))).map(lambda s: (s[0], 8 * s[1], *s[2:])),
+    size=st.sampled_from([2, 4]),
     tile=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     map_=st.integers(0, 3),
     limits=st.tuples(st.integers(1, 200), st.sampled_from([49152, 101376, 166912, 232448])),
 )
 def test_plans_fit_and_cover_the_image(
-    shape: tuple[int, int, int, int], tile: tuple[int, int], map_: int, limits: tuple[int, int]
+    shape: tuple[int, int, int, int], size: int, tile: tuple[int, int], map_: int, limits: tuple[int, int]
 ) -> None:
-    found = plan(shape, tile, map_, limits=limits)
+    found = plan(shape, tile, map_, size, limits)
     if not found["fits"]:
         return
     batch, channels, height, width = shape
@@ -74,18 +88,27 @@ def test_plans_fit_and_cover_the_image(
 @pytest.mark.parametrize(
     ("shape", "tile", "size"),
     [
-        ((1, 64, 8, 8), (4, 4), 4),
+        ((1, 64, 8, 8), (4, 4), 8),
+        ((1, 90, 8, 8), (4, 4), 4),
+        ((1, 388, 8, 8), (4, 4), 4),
         ((1, 90, 8, 8), (4, 4), 2),
         ((1, 392, 8, 8), (4, 4), 2),
         ((1, 64, 64, 64), (64, 32), 2),
     ],
-    ids=["float32", "90 channels", "392 channels", "a tile of 2048 pixels"],
+    ids=[
+        "float64",
+        "float32, 90 channels",
+        "float32, 388 channels",
+        "90 channels",
+        "392 channels",
+        "a tile of 2048 pixels",
+    ],
 )
 def test_what_the_walk_leaves_to_the_general_kernels(
     shape: tuple[int, int, int, int], tile: tuple[int, int], size: int
 ) -> None:
     assert not plan(shape, tile, size=size)["fits"]
-    assert plan((1, 64, 8, 8), (4, 4))["fits"]
+    assert plan((1, 64, 8, 8), (4, 4))["fits"] and plan((1, 60, 8, 8), (4, 4), size=4)["fits"]
 
 
 def test_rows_that_do_not_fit_take_two_passes() -> None:
