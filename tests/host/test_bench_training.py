@@ -201,8 +201,10 @@ def test_peak_memory(monkeypatch, contender, at_capture, expected):
 
 
 def test_a_crash_costs_one_case(monkeypatch, tmp_path):
-    monkeypatch.setattr(child, "ROOT", tmp_path)  # where there is nothing to run
+    monkeypatch.setattr(child, "ROOT", tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("raise SystemExit('no bench to run')\n")
     rows, missing = training.run_case(TINY, 60, tmp_path)
     assert missing == "" and len(rows) == 1
     assert rows[0]["error"].startswith("ended with code 1") and "bench" in rows[0]["error"]
