@@ -49,8 +49,8 @@ def test_the_documented_plans_are_those_taken(row: tuple[str, ...]) -> None:
 
 
 def test_the_documented_plans_of_float32_are_those_taken() -> None:
-    text = (ROOT / "docs" / "kernels.md").read_text()
-    found = re.search(r"takes groups of one tile and (\d+) KiB, .*\ngroups of four tiles and (\d+) KiB", text)
+    text = " ".join((ROOT / "docs" / "kernels.md").read_text().split())  # however its lines break
+    found = re.search(r"takes groups of one tile and (\d+) KiB, .{0,40} groups of four tiles and (\d+) KiB", text)
     assert found
     for shape, tile, group, kib in (
         ((128, 64, 56, 56), (8, 8), 1, found[1]),
