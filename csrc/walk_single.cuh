@@ -110,18 +110,7 @@ struct Weigher<float, MAP> {
     const bool seen = real & (y < int(b.shape.height)) & (x < int(b.shape.width));
 
     float weights[9] = {};
-    if (GIVEN && seen) {
-      const int skipped = (b.weight(y, x) - in_line * b.WEIGHTS + b.misalignment() & 15) + in_line * b.WEIGHTS;
-      char* stage = b.stage(group, tile);
-      read(weights, b.weight_row(stage, 0, line) + skipped);
-      if (MAP == Map::differentiate) {
-        float slopes[9] = {};
-        if (b.call.grad) read(slopes, b.weight_row(stage, 1, line) + skipped);
-#pragma unroll
-        for (int k = 0; k < 9; ++k)
-          products[k] += slopes[k] - *b.offset(b.place(group.row + k / 3 - 1, column + k % 3 - 1));
-      }
-    }
+    if (GIVEN && seen) read_given<float, MAP>(b, group, tile, line, in_line, weights, products);
     if (MAP == Map::associate) associate_single(products, float(b.call.scale));
     if (MAP == Map::differentiate) differentiate<true>(products, weights);
     constexpr bool MADE = MAP == Map::associate || MAP == Map::differentiate;
@@ -141,11 +130,6 @@ struct Weigher<float, MAP> {
   }
 
   __device__ float* scratch(int at) const { return reinterpret_cast<float*>(b.shared() + at); }
-
-  static __device__ void read(float (&to)[9], const char* from) {
-#pragma unroll
-    for (int k = 0; k < 9; ++k) to[k] = reinterpret_cast<const float*>(from)[k];
-  }
 
   static __device__ void leave(float* to, const float (&weights)[9], bool real) {
 #pragma unroll

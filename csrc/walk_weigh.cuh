@@ -8,6 +8,29 @@
 
 namespace stvit {
 
+template <typename T>
+__device__ void read_nine(float (&to)[9], const char* from) {
+#pragma unroll
+  for (int k = 0; k < 9; ++k) to[k] = gpu::widen(reinterpret_cast<const T*>(from)[k]);
+}
+
+// The weights given of a pixel: in place `in_line` of row `line` of a tile. Map::differentiate: and to its products their
+// gradient, less the offsets of the nine super tokens.
+template <typename T, Map MAP>
+__device__ void read_given(const Block<T>& b, const Group& group, int tile, int line, int in_line, float (&weights)[9],
+                           float (&products)[9]) {
+  const int column = group.column + tile, before = in_line * b.WEIGHTS;
+  const int row = b.weight(group.row * b.shape.h + line, column * b.shape.w);
+  const int skipped = (row + b.misalignment() & 15) + before;
+  char* stage = b.stage(group, tile);
+  read_nine<T>(weights, b.weight_row(stage, 0, line) + skipped);
+  if (MAP != Map::differentiate) return;
+  float slopes[9] = {};
+  if (b.call.grad) read_nine<T>(slopes, b.weight_row(stage, 1, line) + skipped);
+#pragma unroll
+  for (int k = 0; k < 9; ++k) products[k] += slopes[k] - *b.offset(b.place(group.row + k / 3 - 1, column + k % 3 - 1));
+}
+
 template <typename T, Map MAP>
 struct Weigher {
   static constexpr bool GIVEN = MAP != Map::associate;  // the weights are given
@@ -73,18 +96,7 @@ struct Weigher {
     if (TOKENS)
 #pragma unroll
       for (int k = 0; k < 9; ++k) products[k] = reinterpret_cast<float*>(scratch + k * PRODUCTS_ROW)[lane];
-    if (GIVEN && seen) {
-      const int skipped = (b.weight(y, x) - in_line * 18 + b.misalignment() & 15) + in_line * 18;
-      char* stage = b.stage(group, tile);
-      read(weights, b.weight_row(stage, 0, line) + skipped);
-      if (MAP == Map::differentiate) {
-        float slopes[9] = {};
-        if (b.call.grad) read(slopes, b.weight_row(stage, 1, line) + skipped);
-#pragma unroll
-        for (int k = 0; k < 9; ++k)
-          products[k] += slopes[k] - *b.offset(b.place(group.row + k / 3 - 1, column + k % 3 - 1));
-      }
-    }
+    if (GIVEN && seen) read_given<T, MAP>(b, group, tile, line, in_line, weights, products);
     if (MAP == Map::associate) associate(products, float(b.call.scale));
     if (MAP == Map::differentiate) differentiate<false>(products, weights);
     if (TOKENS) gpu::warp_barrier();  // all have read their products
@@ -105,11 +117,6 @@ struct Weigher {
     if (b.a.run > 2) return write<4>(scratch, at);
     if (b.a.run > 1) return write<2>(scratch, at);
     write<1>(scratch, at);
-  }
-
-  static __device__ void read(float (&to)[9], const char* from) {
-#pragma unroll
-    for (int k = 0; k < 9; ++k) to[k] = gpu::widen(reinterpret_cast<const T*>(from)[k]);
   }
 
   // For the sums.
