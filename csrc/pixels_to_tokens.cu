@@ -89,7 +89,8 @@ struct Weigher {
     for (int k = 0; k < 9; ++k) values[k] /= sum;
   }
 
-  // dlogit = A (dA - sum A dA / sum A): rounded weights sum to 1 only to a rounding.
+  // dlogit = A (dA - sum A dA / sum A): rounded weights sum to 1 only to a rounding. All dA are first taken less that of
+  // the pixel's own tile (maps.cuh).
   __device__ void differentiate(S (&values)[9], int64_t at) const {
     S shares[9], sum = 0, mean = 0;
 #pragma unroll
@@ -101,6 +102,11 @@ struct Weigher {
       if (call.grad) values[k] += gpu::widen(gpu::load(static_cast<const T*>(call.grad) + at + k));
       shares[k] = gpu::widen(gpu::load(static_cast<const T*>(call.weights) + at + k));
       sum += shares[k];
+    }
+    const S own = values[4];
+#pragma unroll
+    for (int k = 0; k < 9; ++k) {
+      values[k] -= own;
       mean += shares[k] * values[k];
     }
     mean /= sum == 0 ? S(1) : sum;

@@ -34,6 +34,7 @@ VECTORIZED = [
     Case(1, 8, 3, 9, (1, 1), SINGLE, True, 1, LAST, LAST, limits=FEW),
     Case(1, 4, 40, 67, (32, 32), SINGLE, True, 1, LAST, LAST, limits=ONE),
     Case(1, 384, 5, 7, (2, 3), SINGLE, True, 1, LAST, LAST, limits=ONE),
+    Case(1, 192, 3, 11, (1, 2), SINGLE, True, 1, LAST, LAST, limits=(4, 49152), seed=14465),  # weights near 1, no walk
 ]  # fmt: skip
 
 TILES = [(8, 8), (8, 8), (4, 4), (4, 4), (1, 2), (2, 2), (3, 5), (7, 2), (5, 8), (16, 4), (16, 16)]
