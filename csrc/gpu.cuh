@@ -101,7 +101,8 @@ __device__ inline void warp_barrier() { __syncwarp(); }
 
 // x, from which the compiler computes nothing beforehand: what follows is computed where it is used, again and again,
 // rather than held in registers through the loop around it.
-__device__ inline int anew(int x) {
+template <typename T>
+__device__ inline T anew(T x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -145,7 +146,9 @@ __device__ inline char* shared_memory() {
   return reinterpret_cast<char*>(memory);
 }
 
-__device__ inline uint32_t shared_address(const void* shared) {
+// An address in it: what matrix loads and copies take. From a pointer it takes a few instructions every time.
+using Shared = uint32_t;
+__device__ inline Shared shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
@@ -154,26 +157,18 @@ __device__ inline uint32_t shared_address(const void* shared) {
 //
 // Four 8 x 8 matrices of 16-bit numbers. Lane l gives the 16-byte row l % 8 of matrix l / 8 and gets, of each matrix,
 // entries (l / 4, 2 (l % 4)) and the next; transposed: entries (2 (l % 4), l / 4) and the one below.
-__device__ inline void load_matrices(uint32_t (&out)[4], const void* row) {
+__device__ inline void load_matrices(uint32_t (&out)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-__device__ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+__device__ inline void load_matrices_transposed(uint32_t (&out)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
-// Two of them: lane l < 16 gives row l % 8 of matrix l / 8.
-__device__ inline void load_two_matrices_transposed(uint32_t (&out)[2], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(out[0]), "=r"(out[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // sum (16 x 8) += a (16 x 16) b (16 x 8). Lane l holds, with r = l / 4 and q = 2 (l % 4),
 //   sum: (r, q), (r, q + 1), (r + 8, q), (r + 8, q + 1)
 //   a:   (r, q..), (r + 8, q..), (r, q + 8..), (r + 8, q + 8..)      two neighbours of a row in each register
@@ -198,15 +193,12 @@ __device__ inline void multiply_add<bfloat16>(float (&sum)[4], const uint32_t (&
 // 16 bytes from device to shared memory, both 16-byte aligned, without passing registers: the first `bytes` are read,
 // the rest is zero. Copies belong to the group closed by the next commit; wait<n> waits for all but the n latest groups
 // of this thread.
-__device__ inline void copy_async(void* shared, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(shared_address(shared)), "l"(from), "r"(bytes)
-               : "memory");
+__device__ inline void copy_async(Shared to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
 }
 // All 16 bytes.
-__device__ inline void copy_async(void* shared, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(shared)), "l"(from) : "memory");
+__device__ inline void copy_async(Shared to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
 }
 __device__ inline void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LATEST>

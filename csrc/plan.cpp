@@ -105,8 +105,9 @@ double cost(const Walk& walk, const Limits& limits) {
 Walk plan(const Task& task, const Shape& shape, const Limits& limits) {
   Walk best;
   double least = 0;
-  const bool small = shape.channels <= WALK_CHANNELS && int64_t(shape.h) * shape.w <= WALK_TILE &&
-                     shape.height * shape.width < MOST / (9 * task.size);  // bytes of an image's weights
+  const bool small =
+      shape.channels <= WALK_CHANNELS && int64_t(shape.h) * shape.w <= WALK_TILE &&
+      int64_t(shape.gh) * shape.h * shape.width + WALK_TILE < MOST / (9 * task.size);  // bytes of weights
   const bool empty = shape.batch == 0 || shape.channels == 0 || shape.gh == 0 || shape.gw == 0;
   if (!task.vectors || shape.channels % (16 / task.size) || !small || empty) return best;
   for (int pools = task.pool && shape.channels <= POOLED_CHANNELS; pools >= 0; --pools)

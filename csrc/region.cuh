@@ -8,8 +8,8 @@
 
 namespace stvit {
 
-__device__ inline int smaller(int x, int y) { return x < y ? x : y; }
-__device__ inline int larger(int x, int y) { return x > y ? x : y; }
+__host__ __device__ inline int smaller(int x, int y) { return x < y ? x : y; }
+__host__ __device__ inline int larger(int x, int y) { return x > y ? x : y; }
 
 // n / d by one multiplication, exact for n d < 2^32.
 struct Divisor {

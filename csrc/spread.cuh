@@ -173,7 +173,7 @@ struct Spreader {
     gpu::warp_barrier();
     for (int j = 0; j < 4; j += 2) {
       uint32_t b[4];
-      gpu::load_matrices_transposed(b, near + j * 8);
+      gpu::load_matrices_transposed(b, gpu::shared_address(near + j * 8));
       gpu::multiply_add<T>(values[j], factors, b[0], b[1]);
       gpu::multiply_add<T>(values[j + 1], factors, b[2], b[3]);
     }

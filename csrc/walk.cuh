@@ -47,7 +47,7 @@ struct Walker {
     for (int step = 0; step <= groups + lag; ++step) {
       b.walk.ahead == 2 ? gpu::wait<1>() : gpu::wait<0>();  // for the oldest group that is being copied
       gpu::barrier();
-      const bool weighs = step >= lag && b.region.walks(weighed);
+      const bool weighs = POOLS ? step >= lag && b.region.walks(weighed) : step < groups;
       if constexpr (Block<T>::SINGLE) {
         if (sums) summer.add(summed);
         if (POOLS && step < groups) Pooler<T>{b}.pool(arrived);
@@ -60,7 +60,7 @@ struct Walker {
       if (TOKENS && !POOLS && weighs) load_tokens(weighed);
       gpu::barrier();
       copy(coming, step + b.walk.ahead);
-      if (sums) write(summed);
+      if (sums) write(summed, !weighs);
       if (weighs) weigher.weigh(weighed);
       summed = weighed;
       sums = weighs;
@@ -86,13 +86,13 @@ struct Walker {
   }
 
   // Once the last group of a row has been summed, the row above has met all its tiles; at the end the last row too.
-  __device__ void write(const Group& group) const {
+  __device__ void write(const Group& group, bool last) const {
     if (MAP == Map::associate && group.column == b.region.column0) clear_masses(b, group.row - 2);
     if constexpr (Block<T>::SINGLE) summer.gather(group);
     if (group.column + group.tiles < b.region.column_end) return;
     if constexpr (Block<T>::SINGLE) gpu::barrier();
-    finish<T, MAP>(b, group.row - 1);
-    if (group.row == b.region.walked_end() - 1) finish<T, MAP>(b, group.row);
+#pragma unroll 1
+    for (int row = group.row - 1; row < group.row + last; ++row) finish<T, MAP>(b, row);
   }
 
   // Super tokens given: the row below, at the start of a row of tiles; at the start of the walk also those above.
@@ -143,7 +143,7 @@ struct Walker {
 
 template <typename T, Map MAP, bool POOLS, int PAIRS>
 __global__ void __launch_bounds__(Block<T>::THREADS, 1) walk_kernel(const WalkArguments arguments) {
-  const Block<T> block(arguments, int(blockIdx.x));
+  const Block<T> block(arguments, int(blockIdx.x), Block<T>::SINGLE || MAP == Map::weighted);  // registers are left
   Walker<T, MAP, POOLS, PAIRS>(block).run();
 }
 

@@ -17,6 +17,7 @@
 
 #include "launch.h"
 #include "region.cuh"
+#include "vectors.cuh"
 
 namespace stvit {
 
@@ -31,10 +32,12 @@ struct WalkArguments {
   int fours, part_fours;            // float: fours of pixels in a tile, and in what a slice takes of it
   Divisor tile;                     // pixels of a tile
   Divisor width;                    // pixels of a tile's row
-  Divisor height;                   // rows of a tile
   Divisor parts;                    // sixteens of pixels in a tile
-  Divisor weight_pieces;            // 16-byte pieces of a tile row's weights
-  int tile_pieces, tile_scratch;    // pieces and bytes of scratch of a tile
+  Divisor tile_pieces, row_pieces;  // 16-byte pieces of the weights of a tile, and of a row of it
+  int weight_tiles;                 // tiles whose weights all threads copy at a time
+  int image_weights;                // bytes of the weights of an image,
+  int line_weights, row_weights;    // of a row of its pixels, and of a row of a tile
+  int tile_scratch;                 // bytes of scratch of a tile
   int run;                          // pixels of a run: of their weights as many numbers are written at a time
   int pass, pass_tiles;             // pixels that all threads copy at a time, of how many tiles
   bool whole;                       // whether those are whole rows of tiles, and tiles lie in the image as a whole
@@ -68,10 +71,13 @@ inline WalkArguments walk_arguments(const PixelsToTokens& call, const Walk& walk
   a.part_fours = (a.fours + int(a.split.d) - 1) / int(a.split.d);
   a.tile = Divisor(tile);
   a.width = Divisor(shape.w);
-  a.height = Divisor(shape.h);
   a.parts = Divisor(walk.pixels / 16);
-  a.weight_pieces = Divisor(walk.weight_row / 16);
-  a.tile_pieces = shape.h * walk.weight_row / 16;
+  a.row_pieces = Divisor(walk.weight_row / 16);
+  a.tile_pieces = Divisor(shape.h * walk.weight_row / 16);
+  a.weight_tiles = larger(threads / int(a.tile_pieces.d), 1);
+  a.line_weights = int(shape.width) * 9 * size;
+  a.image_weights = int(shape.height) * a.line_weights;
+  a.row_weights = shape.w * 9 * size;
   a.tile_scratch = size == 2 ? walk.pixels / 16 * SCRATCH : walk.pixels * 36;
   a.run = 16 / size;  // a run lies in one row of a tile, and begins on size x run bytes
   while (shape.w % a.run || shape.width % a.run || reinterpret_cast<intptr_t>(call.out) % (size * a.run)) a.run /= 2;
@@ -99,14 +105,6 @@ constexpr int PRODUCTS_ROW = 40 * 4, WEIGHTS_ROW = 48, STORED_AT = 9 * WEIGHTS_R
 static_assert(9 * PRODUCTS_ROW <= 2 * SCRATCH && STORED_AT + 16 * 18 <= SCRATCH && SCRATCH % 16 == 0);
 constexpr int SLOT_TILES = 3;  // that are summed together
 
-// What one instruction moves.
-struct alignas(8) Two {
-  float first, second;
-};
-struct alignas(16) Four {
-  float values[4];
-};
-
 template <typename T>
 struct Block {
   static constexpr bool SINGLE = sizeof(T) == 4;
@@ -119,16 +117,19 @@ struct Block {
   const Walk& walk;
   const Shape& shape;
   const int thread, warp;
+  const gpu::Shared base;  // of shared memory
   const Region region;
 
-  __device__ Block(const WalkArguments& arguments, int index)
+  // `kept`: what a region knows is held in registers.
+  __device__ Block(const WalkArguments& arguments, int index, bool kept)
       : a(arguments),
         call(a.call),
         walk(a.walk),
         shape(a.call.shape),
         thread(gpu::anew(threadIdx.x)),
         warp(gpu::anew(threadIdx.x / 32)),
-        region(shape, walk, a.regions, index, SINGLE) {}
+        base(gpu::anew(gpu::shared_address(shared()))),
+        region(shape, walk, a.regions, index, kept) {}
 
   // Parts of the walk work out from the lane what they need, each time, or it would fill the registers of the others.
   __device__ int lane() const { return gpu::anew(thread) & 31; }

@@ -13,9 +13,17 @@ template <typename T, Map MAP>
 struct Copier {
   static constexpr int SIZE = sizeof(T);
 
+  // 16 bytes of weights. In bytes: from the first weight of a group to the row of a tile that they are of; from where that
+  // row begins, rounded down to 16; from the tile's stage.
+  struct Piece {
+    int from, at, to;
+  };
+
   const Block<T>& b;
   int tile0, line0, column0;  // the thread's first pixel: tile of a group, row and column in it
   int to0, from0;             // bytes from the stage, and from the tile's first pixel
+  int weight_tile0;           // of weights: the thread's first tile of a group, and piece of it
+  Piece piece0;
 
   __device__ explicit Copier(const Block<T>& block) : b(block) {
     const int phase = b.a.vectors.quotient(b.thread), vector = b.thread - phase * int(b.a.vectors.d);
@@ -27,6 +35,11 @@ struct Copier {
     column0 = gpu::anew(column);
     to0 = gpu::anew(p * b.walk.stride * SIZE + vector * 16);
     from0 = gpu::anew((line * int(b.call.pixels.row) + column * int(b.call.pixels.column)) * SIZE + vector * 16);
+    if (MAP == Map::associate) return;
+    const int whose = b.a.tile_pieces.quotient(b.thread);
+    const Piece piece = piece_of(b.thread - whose * int(b.a.tile_pieces.d));
+    weight_tile0 = gpu::anew(whose < b.a.weight_tiles ? whose : b.walk.group);
+    piece0 = {gpu::anew(whose * b.a.row_weights + piece.from), gpu::anew(piece.at), gpu::anew(piece.to)};
   }
 
   // Starts the copies of a group; zeros for pixels outside the image.
@@ -47,8 +60,9 @@ struct Copier {
 
   // Tiles of one pass each, in stages that follow one another.
   __device__ void copy_straight(const Group& group, const char* from) const {
-    char* to = b.shared() + (group.stage + tile0) * b.walk.stage_bytes + to0;
-    const int from_step = b.a.pass_tiles * b.a.tile_column, to_step = b.a.pass_tiles * b.walk.stage_bytes;
+    gpu::Shared to = b.base + ((group.stage + tile0) * b.walk.stage_bytes + to0);
+    const int from_step = gpu::anew(b.a.pass_tiles * b.a.tile_column);
+    const int to_step = gpu::anew(b.a.pass_tiles * b.walk.stage_bytes);
 #pragma unroll 1
     for (int left = group.tiles - tile0; left > 0; left -= 2 * b.a.pass_tiles) {
       gpu::copy_async(to, from);
@@ -62,14 +76,14 @@ struct Copier {
     int to = b.stage_at(group, tile0) + to0;
 #pragma unroll 1
     for (int tile = tile0; tile < group.tiles; tile += b.a.pass_tiles) {
-      gpu::copy_async(b.shared() + to, from);
+      gpu::copy_async(b.base + to, from);
       const char* next = from;
       int at = to;
 #pragma unroll 1
       for (int line = line0 + b.a.pass_lines; line < b.shape.h; line += b.a.pass_lines) {
         at += b.a.pass * b.walk.stride * SIZE;
         next += b.a.pass_step;
-        gpu::copy_async(b.shared() + at, next);
+        gpu::copy_async(b.base + at, next);
       }
       from += b.a.pass_tiles * b.a.tile_column;
       to += b.a.pass_tiles * b.walk.stage_bytes;
@@ -84,7 +98,7 @@ struct Copier {
     int first = group.row * b.a.tile_row + (group.column + tile0) * b.a.tile_column + from0;
 #pragma unroll 1
     for (int tile = tile0; tile < group.tiles; tile += b.a.pass_tiles) {
-      char* to = b.stage(group, tile) + to0;
+      gpu::Shared to = b.base + (b.stage_at(group, tile) + to0);
       int from = first, line = line0, column = column0;
 #pragma unroll 1
       for (int left = b.a.passes; line < b.shape.h;) {
@@ -106,22 +120,32 @@ struct Copier {
     }
   }
 
-  // The weights of a tile's row begin on any number: copied are the 16-byte pieces that they touch.
+  // The weights of a tile's row begin on any number: copied are the 16-byte pieces that they touch. Of a tile across the
+  // right edge the next row of pixels comes along; nobody reads it.
   __device__ void copy_weights(const Group& group, int grad, const void* given) const {
-    const int pieces = group.tiles * b.a.tile_pieces;
-    if (b.warp * 32 >= pieces) return;
-    const int skipped = b.misalignment();
+    const int skipped = b.misalignment(), end = b.a.image_weights + skipped;
     const char* image = static_cast<const char*>(given) + b.image_weights() - skipped;
+    int corner = b.weight(group.row * b.shape.h, group.column * b.shape.w) + skipped;
 #pragma unroll 1
-    for (int i = b.thread; i < pieces; i += Block<T>::THREADS) {
-      const int place = b.a.weight_pieces.quotient(i), piece = i - place * int(b.a.weight_pieces.d);
-      const int tile = b.a.height.quotient(place), line = place - tile * b.shape.h;
-      const int y = group.row * b.shape.h + line, x = (group.column + tile) * b.shape.w;
-      const int first = b.weight(y, x) + skipped, begin = (first & ~15) + piece * 16;
-      const int end = first + smaller(b.shape.w, int(b.shape.width) - x) * b.WEIGHTS;
-      const int bytes = y < int(b.shape.height) ? larger(smaller(end - begin, 16), 0) : 0;
-      gpu::copy_async(b.weight_row(b.stage(group, tile), grad, line) + piece * 16, image + (bytes ? begin : 0), bytes);
+    for (int tile = weight_tile0; tile < group.tiles; tile += b.a.weight_tiles) {
+      const gpu::Shared stage = b.base + (b.stage_at(group, tile) + grad * b.shape.h * b.walk.weight_row);
+      Piece piece = piece0;
+#pragma unroll 1
+      for (int i = b.thread;;) {
+        const int first = corner + piece.from, begin = (first & ~15) + piece.at;
+        const int left = smaller(first + b.a.row_weights, end) - begin;
+        if (left > 0) gpu::copy_async(stage + piece.to, image + begin, smaller(left, 16));
+        if ((i += b.THREADS) >= int(b.a.tile_pieces.d)) break;
+        piece = piece_of(i);
+      }
+      corner += b.a.weight_tiles * b.a.row_weights;
     }
+  }
+
+  // The i-th of a tile.
+  __device__ Piece piece_of(int i) const {
+    const int line = b.a.row_pieces.quotient(i), at = (i - line * int(b.a.row_pieces.d)) * 16;
+    return {line * b.a.line_weights, at, b.walk.pixels * b.walk.stride * SIZE + line * b.walk.weight_row + at};
   }
 };
 

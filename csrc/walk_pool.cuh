@@ -61,7 +61,7 @@ struct Pooler {
 #pragma unroll 1
     for (int i = 0; i < taken; ++i) {
       left[0] = left[2] = row == i ? one : 0;
-      const char* from = b.shared() + pixels;
+      gpu::Shared from = b.base + pixels;
 #pragma unroll 1
       for (int sixteens = int(b.a.parts.d);; from += 32 * b.walk.stride) {
 #pragma unroll

@@ -72,11 +72,13 @@ struct Summer {
   __device__ void multiply(float (&sums)[PAIRS][2][4], float (&mass)[4], const Group& group, int tile,
                            int taken) const {
     const uint32_t ones = gpu::pack(gpu::narrow<T>(1), gpu::narrow<T>(1));
-    int weights = b.walk.scratch_at + tile * b.a.tile_scratch + weights0, pixels = b.stage_at(group, tile) + pixels0;
+    int left_of_ring = b.walk.stages - group.stage - tile;  // tiles
+    int weights = b.walk.scratch_at + tile * b.a.tile_scratch + weights0;
+    gpu::Shared pixels = b.base + (b.stage_at(group, tile) + pixels0);
 #pragma unroll 1
     for (int i = 0; i < taken; ++i) {
       const bool used = unsigned(column - i) < 3;  // the slot's super token is a neighbour of the tile
-      const char *row = b.shared() + (used ? weights : b.walk.zeros_at), *from = b.shared() + pixels;
+      gpu::Shared row = b.base + (used ? weights : b.walk.zeros_at), from = pixels;
       const int step = used ? SCRATCH : 0;
 #pragma unroll 1
       for (int left = int(b.a.parts.d);;) {
@@ -94,8 +96,7 @@ struct Summer {
         from += 32 * b.walk.stride;
       }
       weights += b.a.tile_scratch - WEIGHTS_ROW;
-      pixels += b.walk.stage_bytes;
-      if (pixels >= b.walk.ring) pixels -= b.walk.ring;
+      pixels = --left_of_ring == 0 ? b.base + pixels0 : pixels + b.walk.stage_bytes;
     }
   }
 
@@ -138,7 +139,7 @@ template <typename T, Map MAP>
 __device__ void finish(const Block<T>& b, int row) {
   constexpr int VECTOR = Block<T>::VECTOR;
   const int columns = b.region.end_column - b.region.first_column;
-  if (!b.region.owns_row(row) || b.warp * 32 >= columns * int(b.a.vectors.d)) return;
+  if (!b.region.owns_row(row)) return;
   const View& view = b.call.stokens;
   T* to = static_cast<T*>(view.data) + b.region.image * view.image + row * view.row;
 #pragma unroll 1

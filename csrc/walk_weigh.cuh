@@ -71,8 +71,8 @@ struct Weigher {
 #pragma unroll 4
     for (int left = int(b.shape.channels); left > 0; left -= 16, tokens += 16, pixels += 16) {
       uint32_t near[4], eights[4];
-      gpu::load_matrices(near, tokens);
-      gpu::load_matrices(eights, pixels);
+      gpu::load_matrices(near, gpu::shared_address(tokens));
+      gpu::load_matrices(eights, gpu::shared_address(pixels));
       gpu::multiply_add<T>(products[0], near, eights[0], eights[1]);
       gpu::multiply_add<T>(products[1], near, eights[2], eights[3]);
     }

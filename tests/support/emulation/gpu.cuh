@@ -85,7 +85,10 @@ inline float reciprocal(float x) { return 1 / x; }
 inline void barrier() { emulation::wait_for_block(); }
 inline void warp_barrier() { emulation::wait_for_warp("warp_barrier"); }
 
-inline int anew(int x) { return x; }
+template <typename T>
+inline T anew(T x) {
+  return x;
+}
 
 template <typename T>
 inline T shuffle_xor(T value, int lanes) {
@@ -151,6 +154,8 @@ struct Bytes<16> {
 };
 
 inline char* shared_memory() { return emulation::shared_memory(); }
+using Shared = char*;
+inline Shared shared_address(const void* shared) { return static_cast<char*>(const_cast<void*>(shared)); }
 
 // A row is read when its lane comes, so that one written by another lane without a warp_barrier in between shows.
 template <bool TRANSPOSED, int COUNT>
@@ -177,12 +182,9 @@ inline void load_matrices_of(uint32_t (&out)[COUNT], const void* row, const char
   emulation::collective(what, &mine, sizeof(mine), distribute);
   std::memcpy(out, mine.out, sizeof(out));
 }
-inline void load_matrices(uint32_t (&out)[4], const void* row) { load_matrices_of<false>(out, row, "load_matrices"); }
-inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+inline void load_matrices(uint32_t (&out)[4], Shared row) { load_matrices_of<false>(out, row, "load_matrices"); }
+inline void load_matrices_transposed(uint32_t (&out)[4], Shared row) {
   load_matrices_of<true>(out, row, "load_matrices_transposed");
-}
-inline void load_two_matrices_transposed(uint32_t (&out)[2], const void* row) {
-  load_matrices_of<true>(out, row, "load_two_matrices_transposed");
 }
 
 template <typename T>
@@ -220,15 +222,15 @@ inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, u
   std::memcpy(sum, mine.sum, sizeof(sum));
 }
 
-inline void copy_async(void* shared, const void* from, int bytes) {
-  check_alignment(shared, 16, "copy_async, shared memory");
+inline void copy_async(Shared to, const void* from, int bytes) {
+  check_alignment(to, 16, "copy_async, shared memory");
   check_alignment(from, 16, "copy_async, device memory");
-  check_shared(shared, "copy_async");
+  check_shared(to, "copy_async");
   if (bytes < 0 || bytes > 16) emulation::fail("copy_async: " + std::to_string(bytes) + " bytes");
   emulation::device.loaded += bytes;
-  emulation::issue_copy(shared, from, bytes);
+  emulation::issue_copy(to, from, bytes);
 }
-inline void copy_async(void* shared, const void* from) { copy_async(shared, from, 16); }
+inline void copy_async(Shared to, const void* from) { copy_async(to, from, 16); }
 inline void commit() { emulation::commit_copies(); }
 template <int LATEST>
 inline void wait() {

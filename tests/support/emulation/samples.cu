@@ -50,15 +50,13 @@ __global__ void product(const T* in, float* out, int64_t) {
   const int lane = threadIdx.x, r = lane / 4, q = lane % 4 * 2;
   for (int i = lane; i < 384; i += 32) shared[i] = gpu::load(in + i);
   gpu::warp_barrier();
-  uint32_t a[4], b[4], pair[2];
-  gpu::load_matrices(a, shared + lane % 16 * 16 + lane / 16 * 8);
+  uint32_t a[4], b[4];
+  gpu::load_matrices(a, gpu::shared_address(shared + lane % 16 * 16 + lane / 16 * 8));
   const T* right = shared + 256;
   if (TRANSPOSED) {
-    gpu::load_matrices(b, right + lane % 8 * 16 + lane / 8 % 2 * 8);
+    gpu::load_matrices(b, gpu::shared_address(right + lane % 8 * 16 + lane / 8 % 2 * 8));
   } else {
-    gpu::load_matrices_transposed(b, right + lane % 16 * 8);
-    gpu::load_two_matrices_transposed(pair, right + lane % 16 * 8);
-    if (pair[0] != b[0] || pair[1] != b[1]) return;
+    gpu::load_matrices_transposed(b, gpu::shared_address(right + lane % 16 * 8));
   }
   float sum[4] = {};
   gpu::multiply_add<T>(sum, a, b[0], b[1]);
@@ -76,7 +74,8 @@ __global__ void pipeline(const float* in, float* out, int64_t n) {
   const auto copy = [&](int step) {
     const int64_t first = step * 128 + lane * 4, left = (n - first) * 4;
     const int bytes = step < steps && left > 0 ? left < 16 ? int(left) : 16 : 0;
-    if (step < steps) gpu::copy_async(shared + (step % slots) * 512 + lane * 16, bytes ? in + first : in, bytes);
+    if (step < steps)
+      gpu::copy_async(gpu::shared_address(shared + (step % slots) * 512 + lane * 16), bytes ? in + first : in, bytes);
     gpu::commit();
   };
   copy(0);
@@ -92,7 +91,7 @@ __global__ void pipeline(const float* in, float* out, int64_t n) {
     for (int i = 0; i < 4; ++i) sum += slot[(lane * 4 + i + 64) % 128];
     gpu::warp_barrier();
   }
-  if (FAULT == LEFT_OVER) gpu::copy_async(shared, in, 16);
+  if (FAULT == LEFT_OVER) gpu::copy_async(gpu::shared_address(shared), in, 16);
   if (FAULT == NO_WAIT) gpu::wait<0>();
   gpu::store(out + lane, sum);
 }
@@ -104,24 +103,26 @@ __global__ void two_operations(const float*, float*, int64_t) {
   if (threadIdx.x % 2) gpu::warp_barrier();
   gpu::shuffle_xor(1.f, 1);
 }
-__global__ void misaligned_copy(const float* in, float*, int64_t) { gpu::copy_async(gpu::shared_memory(), in + 1, 16); }
+__global__ void misaligned_copy(const float* in, float*, int64_t) {
+  gpu::copy_async(gpu::shared_address(gpu::shared_memory()), in + 1, 16);
+}
 __global__ void misaligned_rows(const float*, float*, int64_t) {
   uint32_t out[4];
-  gpu::load_matrices(out, gpu::shared_memory() + 8);
+  gpu::load_matrices(out, gpu::shared_address(gpu::shared_memory() + 8));
 }
 __global__ void misaligned_load(const char* in, char* out, int64_t) {
   gpu::store(out, char(gpu::load(reinterpret_cast<const int*>(in + 2))));
 }
 __global__ void outside_shared(const float* in, float*, int64_t n) {
-  gpu::copy_async(gpu::shared_memory() + n, in, 16);
+  gpu::copy_async(gpu::shared_address(gpu::shared_memory() + n), in, 16);
 }
 __global__ void reads_past_the_end(const float* in, float* out, int64_t n) { gpu::store(out, gpu::load(in + n)); }
 __global__ void writes_past_the_end(const float*, float* out, int64_t n) { gpu::store(out + n, 1.f); }
 __global__ void copies_past_the_end(const float* in, float*, int64_t n) {
-  gpu::copy_async(gpu::shared_memory(), in + n - 4, 16);
-  gpu::copy_async(gpu::shared_memory(), in + n, 0);  // reads nothing
+  gpu::copy_async(gpu::shared_address(gpu::shared_memory()), in + n - 4, 16);
+  gpu::copy_async(gpu::shared_address(gpu::shared_memory()), in + n, 0);  // reads nothing
   gpu::commit();
-  gpu::copy_async(gpu::shared_memory(), in + n, 4);
+  gpu::copy_async(gpu::shared_address(gpu::shared_memory()), in + n, 4);
   gpu::commit();
   gpu::wait<0>();
 }
