@@ -1,12 +1,12 @@
-// Super tokens to pixels: chooses between spread.cuh, for 16-bit numbers in channels_last, and the general kernel below,
-// for everything else: one thread for one channel of one pixel.
+// Super tokens to pixels: chooses between spread.cuh and spread_single.cuh, for 16-bit numbers and float in channels_last,
+// and the general kernel below, for everything else: one thread for one channel of one pixel.
 //
 // Bytes, X those of the pixels: A read, 1 X written, and what is added read once; the super tokens come from the caches.
 #include <gpu.cuh>
 
 #include "dispatch.h"
 #include "launch.h"
-#include "spread.cuh"
+#include "spread_single.cuh"
 
 namespace stvit {
 namespace {
@@ -110,6 +110,8 @@ void tokens_to_pixels(const TokensToPixels& call, void* stream) {
     if constexpr (sizeof(T) == 2)
       if (spreads(call))
         return call.pixels_type == call.type ? run_spread<T, T>(call, stream) : run_spread<T, float>(call, stream);
+    if constexpr (sizeof(T) == 4)
+      if (spreads_single(call)) return run_spread_single(call, stream);
     if (!call.residual.data) return run_general<T, T, T>(call, stream);
     with_type(call.residual_type, [&](auto other) {
       using RESIDUAL = typename decltype(other)::type;

@@ -110,7 +110,7 @@ def _walk(step: str, shape: Shape, dtype: torch.dtype, gpu: Gpu) -> dict[str, An
     plan = extension.load().plan(MAPS.index(step), pools, step == "differentiate", *shape, dtype.itemsize, *limits)
     if not plan["fits"]:
         kernels = ["pooling_kernel"] * pools + ["weigh_kernel"] * (step != "weighted") + ["sum_kernel"]
-        return {"kernels": kernels, "path": "general", "why": _why_general(shape, dtype, 4)}
+        return {"kernels": kernels, "path": "general", "why": _why_general(shape, dtype)}
     if not pools:
         path = "fast"
     else:
@@ -119,10 +119,9 @@ def _walk(step: str, shape: Shape, dtype: torch.dtype, gpu: Gpu) -> dict[str, An
     return {"kernels": kernels, "path": path, **{name: plan[name] for name in plan if name not in ("fits", "pools")}}
 
 
-def _why_general(shape: Shape, dtype: torch.dtype, widest: int) -> str:
-    """`widest`: bytes of the widest numbers that the fast kernel takes, 16 bytes at a time."""
-    if dtype.itemsize > widest:
-        return f"the fast kernel is for {'16-bit' if widest == 2 else '16- and 32-bit'} numbers"
+def _why_general(shape: Shape, dtype: torch.dtype) -> str:
+    if dtype.itemsize > 4:
+        return "the fast kernel is for 16- and 32-bit numbers"
     if shape.channels % (16 // dtype.itemsize):
         return f"the channels are no multiple of {16 // dtype.itemsize}"
     return "the channels or the tiles are too large for the fast kernel"
@@ -131,7 +130,9 @@ def _why_general(shape: Shape, dtype: torch.dtype, widest: int) -> str:
 def _spread(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     if dtype.itemsize == 2 and shape.channels % 8 == 0 and shape.channels <= SPREAD_CHANNELS:
         return {"kernels": ["spread_kernel"], "path": "fast", "reads": 0.0}
-    return {"kernels": ["tokens_to_pixels_kernel"], "path": "general", "why": _why_general(shape, dtype, 2)}
+    if dtype.itemsize == 4 and shape.channels % 4 == 0:
+        return {"kernels": ["spread_single_kernel"], "path": "fast", "reads": 0.0}
+    return {"kernels": ["tokens_to_pixels_kernel"], "path": "general", "why": _why_general(shape, dtype)}
 
 
 def _triton(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:

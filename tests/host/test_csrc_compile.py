@@ -22,7 +22,7 @@ from tests.support import extensions
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # cuobjdump, and nvdisasm that it calls
 FAST = re.compile("walk|spread")
-SINGLE = re.compile("walk_kernelIf")  # of float, as its symbol says
+SINGLE = re.compile("walk_kernelIf|spread_single")  # of float, as the symbol says
 ATOMIC = re.compile(r"U?(ATOM|RED)[SGR]?")  # ATOM, ATOMS, ATOMG, RED, REDG; not REDUX, a sum over the lanes of a warp
 
 
@@ -91,7 +91,7 @@ def test_every_kernel_is_compiled_for_every_architecture(taken: list[Usage]) -> 
     found = {usage.architecture for usage in taken}
     assert found == {"sm_" + name.replace(".", "") for name in extensions.ARCHITECTURES}
     sources = "".join(path.read_text() for path in build.files(extensions.ROOT / "csrc"))
-    written = re.findall(r"__global__ void (?:__launch_bounds__\(.*\) )?(\w+)\(", sources)
+    written = re.findall(r"__global__ void (?:__launch_bounds__\(.*\)\s+)?(\w+)\(", sources)
     assert written and sources.count("__global__") == len(written)
     for architecture in found:
         names = "".join(usage.kernel for usage in taken if usage.architecture == architecture)
@@ -109,10 +109,13 @@ def test_the_documented_registers_are_those_taken(taken: list[Usage]) -> None:
     walk = re.search(r"`walk_kernel`, 16-bit \| 512 \| at most (\d+) ", text)
     spread = re.search(r"`spread_kernel` \| 128 \| at most (\d+) ", text)
     single = re.search(r"`walk_kernel`, float32 \| 256 \| at most (\d+) ", text)
+    spread_single = re.search(r"`spread_single_kernel` \| 128 \| at most (\d+) ", text)
     walks = [usage for usage in taken if "walk" in usage.kernel]
+    spreads = [usage for usage in taken if "spread" in usage.kernel]
     assert walk and max(usage.registers for usage in walks if not SINGLE.search(usage.kernel)) == int(walk[1])
     assert single and max(usage.registers for usage in walks if SINGLE.search(usage.kernel)) == int(single[1])
-    assert spread and max(usage.registers for usage in taken if "spread" in usage.kernel) == int(spread[1])
+    assert spread and max(usage.registers for usage in spreads if not SINGLE.search(usage.kernel)) == int(spread[1])
+    assert spread_single and max(usage.registers for usage in spreads) == int(spread_single[1])
 
 
 def test_static_shared_memory_leaves_the_rest_to_the_plan(taken: list[Usage]) -> None:

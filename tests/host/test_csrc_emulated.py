@@ -81,7 +81,7 @@ def test_bytes_moved(
         "upsampling_backward_full": stokens + weights,
     }
     assert {name: counted[name].stored for name in written} == written
-    if dtype == HALF:  # float32 is spread by the general kernel; the pixels are a residual
+    if dtype == HALF:  # in float32 every thread of a pixel reads its weights, from the cache; the pixels are a residual
         assert counted["upsampling"].loaded <= 1.1 * (pixels + weights + stokens)
     assert counted["upsampling_backward"].loaded <= 1.01 * (pixels + weights)  # pieces of 16 bytes overlap
     assert counted["upsampling_backward_full"].loaded <= 1.01 * (pixels + weights + stokens)

@@ -97,7 +97,8 @@ def test_text(planned: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
     info.main(["--explain", "128x512x56x56/8x8", "--dtype", "fp32"])
     text = capsys.readouterr().out
     assert re.search(r"^  sampling +pooling_kernel \+ weigh_kernel \+ sum_kernel: general$", text, re.MULTILINE)
-    assert "because the fast kernel is for 16-bit numbers" in text
+    assert "because the channels or the tiles are too large for the fast kernel" in text
+    assert re.search(r"^  upsampling +spread_single_kernel: fast$", text, re.MULTILINE)
     assert "pixels have more channels than that" in text
 
 
@@ -141,5 +142,7 @@ def test_the_real_plan(run_python: Callable[..., Any]) -> None:
     assert small["sampling"]["path"] == "two passes" and small["sampling"]["reads"] == 2
     single = steps("128x64x56x56/8x8", "--dtype", "fp32")
     assert single["sampling"]["path"] == "single pass" and single["upsampling_backward"]["path"] == "fast"
-    assert single["upsampling"]["why"] == "the fast kernel is for 16-bit numbers"
-    assert {step["path"] for step in steps("128x64x56x56/8x8", "--dtype", "fp64").values()} == {"general"}
+    assert single["upsampling"]["kernels"] == ["spread_single_kernel"]
+    double = steps("128x64x56x56/8x8", "--dtype", "fp64").values()
+    assert {step["path"] for step in double} == {"general"}
+    assert {step["why"] for step in double} == {"the fast kernel is for 16- and 32-bit numbers"}
