@@ -3,6 +3,8 @@
 `extension` is what stvit._C is on a GPU machine, for CPU tensors. Beside it the emulated device: the order in which
 threads run, its limits, and the bytes that kernels move. Compiled once and cached, outside the repository.
 
+STVIT_EMULATION_SOURCES names other sources than csrc/: those of a test with a fault in them.
+
 With STVIT_EMULATION_SANITIZER=address everything is compiled with the address sanitizer, whose run-time library must
 have been loaded first: `sanitizer_environment` is what a child process needs.
 """
@@ -35,6 +37,7 @@ import stvit.backends.extension
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "support" / "emulation"
+SOURCES = Path(os.environ.get("STVIT_EMULATION_SOURCES") or ROOT / "csrc")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stvit" / "emulated"
 SANITIZER = os.environ.get("STVIT_EMULATION_SANITIZER", "")
 COMPILER = os.environ.get("CXX", "g++")
@@ -48,7 +51,7 @@ STANDARD = max(NAMED, key=NAMED.count)
 FLAGS = [STANDARD, "-O1" if SANITIZER else "-O2", "-g0", "-fPIC", "-Wfatal-errors"]
 FLAGS += ["-U_FORTIFY_SOURCE"]  # which takes a jump between stacks for a smashed one
 FLAGS += [f"-fsanitize={SANITIZER}"] if SANITIZER else []
-INCLUDES = [f"-I{EMULATION}", f"-I{ROOT / 'csrc'}"]
+INCLUDES = [f"-I{EMULATION}", f"-I{SOURCES}"]
 ORDERS = ("forward", "reverse", "shuffled")
 
 
@@ -76,7 +79,7 @@ def library(name: str, sources: Sequence[Path], flags: Sequence[str] = (), link:
     if shutil.which(COMPILER) is None:
         pytest.skip(f"no C++ compiler to emulate a GPU with: no {COMPILER}")
     version, headers = run_compiler("--version"), b""
-    for folder in (ROOT / "csrc", EMULATION):
+    for folder in (SOURCES, EMULATION):
         headers += b"".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cuh"))
 
     def compiled(source: Path) -> str:
@@ -105,7 +108,7 @@ NAME = "_emulated"  # of the Python module
 
 @functools.cache
 def extension_library() -> Path:
-    sources = sorted([*(ROOT / "csrc").glob("*.cu"), *(ROOT / "csrc").glob("*.cpp")], key=lambda path: path.suffix)
+    sources = sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")], key=lambda path: path.suffix)
     folders = [TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include"]
     flags = [f"-isystem{folder}" for folder in folders] + [f"-isystem{sysconfig.get_paths()['include']}"]
     flags += ["-Wno-unknown-pragmas", f"-DTORCH_EXTENSION_NAME={NAME}", "-DSTVIT_DISPATCH_KEY=CPU"]

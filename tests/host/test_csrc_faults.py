@@ -1,0 +1,108 @@
+"""Faults planted in the CUDA kernels: the tests of their results have to find each.
+
+Every one is compiled with the kernels, for the emulated device, which takes minutes: `make test ARGS="-m planted"`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support import emulated
+
+pytestmark = pytest.mark.planted
+ORDERS = "tests/host/test_csrc_emulated.py::test_the_order_of_threads_does_not_matter"
+SAMPLING = "tests/kernels/test_sampling.py::test_vectorized_cases"
+UPSAMPLING = "tests/kernels/test_upsampling.py::test_vectorized_cases"
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    right: str
+    wrong: str
+    test: str  # that finds it
+    dtype: str = ""  # in whose cases alone
+
+
+FAULTS = [
+    Fault(
+        "a group is used before it has arrived",
+        "walk.cuh",
+        "? gpu::wait<1>() : gpu::wait<0>()",
+        "? gpu::wait<2>() : gpu::wait<1>()",
+        SAMPLING,
+    ),
+    Fault(
+        "no barrier before phase 1", "walk.cuh", "gpu::barrier();\n      const bool weighs", "const bool weighs", ORDERS
+    ),
+    Fault("no barrier before phase 2", "walk.cuh", "gpu::barrier();\n      copy(coming", "copy(coming", ORDERS),
+    Fault("a stage too few", "plan.cpp", "lag + 1 + walk.ahead;", "lag + walk.ahead;", SAMPLING),
+    Fault("the last row is not written", "walk.cuh", "row < group.row + last;", "row < group.row;", SAMPLING),
+    Fault("the ring is left by a tile", "walk_sum.cuh", "--left_of_ring == 0", "--left_of_ring == -1", UPSAMPLING),
+    Fault(
+        "pieces of the next tile's weights", "walk_copy.cuh", "corner += b.a.weight_tiles", "corner += 0", UPSAMPLING
+    ),
+    Fault(
+        "a slice is not gathered",
+        "walk_single.cuh",
+        "left = b.walk.split - 1;",
+        "left = b.walk.split - 2;",
+        SAMPLING,
+        "float32",
+    ),
+    Fault(
+        "a quarter of the channels is left out",
+        "walk_single.cuh",
+        "own[k] += gpu::shuffle_xor(own[k], 16);",
+        "own[k] += own[k];",
+        SAMPLING,
+        "float32",
+    ),
+    Fault(
+        "partial sums of the step before",
+        "walk.cuh",
+        "if constexpr (Block<T>::SINGLE) summer.gather(group);",
+        "if (Block<T>::SINGLE && group.column > b.region.column0) summer.gather(group);",
+        SAMPLING,
+        "float32",
+    ),
+    Fault(
+        "a neighbour across the grid's edge",
+        "spread_single.cuh",
+        "unsigned(column + k % 3 - 1) < unsigned(shape.gw)",
+        "true",
+        UPSAMPLING,
+        "float32",
+    ),
+    Fault(
+        "rows of a tile taken twice",
+        "spread_single.cuh",
+        "* a.lines;\n    lines",
+        "* (a.lines - 1);\n    lines",
+        UPSAMPLING,
+        "float32",
+    ),
+    Fault("the mean is left out", "maps.cuh", "weights[k] * (slopes[k] - mean)", "weights[k] * slopes[k]", SAMPLING),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_fault_is_found(
+    fault: Fault, tmp_path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    sources = tmp_path / "csrc"
+    shutil.copytree(emulated.ROOT / "csrc", sources)
+    text = (sources / fault.file).read_text()
+    assert text.count(fault.right) == 1
+    (sources / fault.file).write_text(text.replace(fault.right, fault.wrong))
+    chosen = ["-k", f"cuda and {fault.dtype}" if fault.dtype else "cuda"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen]
+    environment = {"STVIT_EMULATION_SOURCES": str(sources), "OMP_NUM_THREADS": "1"}
+    child = run_python("-m", "pytest", fault.test, *options, env=environment, check=False)
+    assert child.returncode == 1 and "1 failed" in child.stdout, f"{child.stdout[-3000:]}\n{child.stderr[-3000:]}"
