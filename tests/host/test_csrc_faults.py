@@ -44,7 +44,7 @@ FAULTS = [
     Fault("no barrier before phase 2", "walk.cuh", "gpu::barrier();\n      copy(coming", "copy(coming", ORDERS),
     Fault("a stage too few", "plan.cpp", "lag + 1 + walk.ahead;", "lag + walk.ahead;", SAMPLING),
     Fault("the last row is not written", "walk.cuh", "row < group.row + last;", "row < group.row;", SAMPLING),
-    Fault("the ring is left by a tile", "walk_sum.cuh", "--left_of_ring == 0", "--left_of_ring == -1", UPSAMPLING),
+    Fault("the ring is left by a tile", "walk_sum.cuh", "--left_of_ring == 0", "--left_of_ring == -1", SAMPLING),
     Fault(
         "pieces of the next tile's weights", "walk_copy.cuh", "corner += b.a.weight_tiles", "corner += 0", UPSAMPLING
     ),
@@ -67,8 +67,8 @@ FAULTS = [
     Fault(
         "partial sums of the step before",
         "walk.cuh",
-        "if constexpr (Block<T>::SINGLE) summer.gather(group);",
-        "if (Block<T>::SINGLE && group.column > b.region.column0) summer.gather(group);",
+        "summer.gather(group);",
+        "if (group.column > b.region.column0) summer.gather(group);",
         SAMPLING,
         "float32",
     ),
