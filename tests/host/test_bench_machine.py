@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from bench.machine import cost, report
 from bench.machine.cost import Cost
@@ -27,6 +28,8 @@ def step() -> list[Cost]:
 def test_the_kernels_of_a_step_keep_below_their_ceilings(step: list[Cost]) -> None:
     """Lower them with `python -m bench.machine --record` when a kernel has become better."""
     recorded = json.loads(report.CEILING.read_text())
+    if triton.__version__ != recorded["triton"]:
+        pytest.skip(f"the ceilings are those of what Triton {recorded['triton']} compiles")
     found = report.ceilings(step, GPUS[recorded["gpu"]])
     assert found.keys() == recorded["kernels"].keys(), "other kernels or shapes than recorded"
     both = {name: (kernel["us"], found[name]["us"]) for name, kernel in recorded["kernels"].items()}

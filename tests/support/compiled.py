@@ -21,6 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+# Bytes of stack that a kernel may take: none. The compiler that comes with Triton 3.8 keeps up to four numbers of some
+# kernels there, though it gives them 48 to 128 registers of 255: held to that, so that more would show.
+MOST_STACK = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 0
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
