@@ -62,7 +62,12 @@ def compute(case: Case, device: str, backend: str, dtype: torch.dtype) -> Result
         patch.setattr(residual_branch, "PROGRAMS", case.programs or residual_branch.PROGRAMS)
         y, skip = batch_norm_and_skip(x, *parameters, *statistics(parameters[0]), 0.1, 1e-5, backend)
         assert y.is_contiguous(memory_format=memory_format(is_channels_last(x))) and torch.equal(skip, x)
-        grads = torch.autograd.grad((y, skip), leaves, case.grads(device, dtype))
+        grad, grad_skip = case.grads(device, dtype)
+        if backend == "reference":
+            # PyTorch's own, on a CPU, sums across channels where x (1, C, 1, W) is contiguous and the gradient lies as
+            # channels_last would but for strides of dimensions of size 1.
+            grad = grad.clone(memory_format=memory_format(is_channels_last(x)))
+        grads = torch.autograd.grad((y, skip), leaves, (grad, grad_skip))
     return dict(zip(("y", "x", "weight", "bias"), (y.detach(), *grads), strict=True))
 
 
@@ -97,6 +102,7 @@ LISTED = [
     Case(Pixels(2, 3, 4, 6, SINGLE, "expanded", "expanded")),
     Case(Pixels(2, 1, 4, 5, SINGLE, LAST, "transposed")),
     Case(Pixels(1, 3, 1, 2, SINGLE, LAST, LAST)),  # two values a channel
+    Case(Pixels(1, 2, 1, 2, HALF, "contiguous", "transposed")),
     Case(Pixels(1, 1, 33, 65, HALF)),  # more pixels than a program holds
     # Several blocks of pixels a program of the sums; the last one has fewer, and the last block is not full.
     *(Case(Pixels(2, 5, 7, 9, dtype, LAST, LAST), elements=32, programs=3) for dtype in DTYPES),
