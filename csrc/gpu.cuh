@@ -169,6 +169,7 @@ __device__ inline void load_matrices_transposed(uint32_t (&out)[4], Shared row) 
                : "r"(row)
                : "memory");
 }
+
 // sum (16 x 8) += a (16 x 16) b (16 x 8). Lane l holds, with r = l / 4 and q = 2 (l % 4),
 //   sum: (r, q), (r, q + 1), (r + 8, q), (r + 8, q + 1)
 //   a:   (r, q..), (r + 8, q..), (r, q + 8..), (r + 8, q + 8..)      two neighbours of a row in each register

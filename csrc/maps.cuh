@@ -37,21 +37,25 @@ __device__ inline void associate_single(float (&logits)[9], float scale) {
   for (float& logit : logits) logit *= share;
 }
 
-// dlogit = A (dA - sum A dA / sum A): rounded, nine weights near 0 and 1 sum to 1 only to a rounding. SINGLE: to the last
-// places of float. There all dA are first taken less that of the pixel's own tile, which changes nothing but roundings:
+// dlogit = A (dA - sum A dA / sum A): rounded, nine weights near 0 and 1 sum to 1 only to a rounding. EXACT: to the last
+// places of S. There all dA are first taken less that of the pixel's own tile, which changes nothing but roundings:
 // where its weight is near 1, the mean would be near its dA, and their difference small.
-template <bool SINGLE>
-__device__ inline void differentiate(float (&slopes)[9], const float (&weights)[9]) {
-  float sum = 0, mean = 0;
-  const float own = SINGLE ? slopes[4] : 0;
+template <bool EXACT, typename S>
+__device__ inline void differentiate(S (&slopes)[9], const S (&weights)[9]) {
+  S sum = 0, mean = 0;
+  const S own = EXACT ? slopes[4] : 0;
 #pragma unroll
   for (int k = 0; k < 9; ++k) {
     sum += weights[k];
-    if (SINGLE) slopes[k] -= own;
+    if (EXACT) slopes[k] -= own;
     mean += weights[k] * slopes[k];
   }
   if (sum == 0) sum = 1;
-  mean = SINGLE ? mean / sum : mean * gpu::reciprocal(sum);
+  if constexpr (EXACT) {
+    mean /= sum;
+  } else {
+    mean *= gpu::reciprocal(sum);
+  }
 #pragma unroll
   for (int k = 0; k < 9; ++k) slopes[k] = weights[k] * (slopes[k] - mean);
 }

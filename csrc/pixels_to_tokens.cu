@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "launch.h"
+#include "maps.cuh"
 
 namespace stvit {
 
@@ -89,10 +90,8 @@ struct Weigher {
     for (int k = 0; k < 9; ++k) values[k] /= sum;
   }
 
-  // dlogit = A (dA - sum A dA / sum A): rounded weights sum to 1 only to a rounding. All dA are first taken less that of
-  // the pixel's own tile (maps.cuh).
   __device__ void differentiate(S (&values)[9], int64_t at) const {
-    S shares[9], sum = 0, mean = 0;
+    S shares[9];
 #pragma unroll
     for (int k = 0; k < 9; ++k) {
       int64_t near_row, near_column;
@@ -101,17 +100,8 @@ struct Weigher {
       if (known) values[k] -= gpu::load(static_cast<const S*>(call.offset) + place);
       if (call.grad) values[k] += gpu::widen(gpu::load(static_cast<const T*>(call.grad) + at + k));
       shares[k] = gpu::widen(gpu::load(static_cast<const T*>(call.weights) + at + k));
-      sum += shares[k];
     }
-    const S own = values[4];
-#pragma unroll
-    for (int k = 0; k < 9; ++k) {
-      values[k] -= own;
-      mean += shares[k] * values[k];
-    }
-    mean /= sum == 0 ? S(1) : sum;
-#pragma unroll
-    for (int k = 0; k < 9; ++k) values[k] = shares[k] * (values[k] - mean);
+    stvit::differentiate<true>(values, shares);
   }
 };
 

@@ -15,8 +15,8 @@
 
 namespace stvit {
 
-constexpr int SINGLE_SPREAD_THREADS = 128,
-              SINGLE_SPREAD_BLOCKS = 3;   // of threads, of them on a multiprocessor at least
+constexpr int SINGLE_SPREAD_THREADS = 128;
+constexpr int SINGLE_SPREAD_BLOCKS = 3;   // on a multiprocessor, at least
 constexpr int SINGLE_SPREAD_PIXELS = 64;  // of a thread, about
 
 struct SingleSpreadArguments {

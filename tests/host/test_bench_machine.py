@@ -28,7 +28,7 @@ def step() -> list[Cost]:
 def test_the_kernels_of_a_step_keep_below_their_ceilings(step: list[Cost]) -> None:
     """Lower them with `python -m bench.machine --record` when a kernel has become better."""
     recorded = json.loads(report.CEILING.read_text())
-    if triton.__version__ != recorded["triton"]:
+    if triton.__version__ != recorded["triton"]:  # another compiler, other machine code: not what a kernel became
         pytest.skip(f"the ceilings are those of what Triton {recorded['triton']} compiles")
     found = report.ceilings(step, GPUS[recorded["gpu"]])
     assert found.keys() == recorded["kernels"].keys(), "other kernels or shapes than recorded"
