@@ -2,6 +2,7 @@
 
     python -m bench.machine.sass_count 9.0 8.0        sampling and upsampling at stages 1 and 2 of stvit_small
     python -m bench.machine.sass_count --parts 9.0    and the lines of `run` that they come from
+    python -m bench.machine.sass_count --chain 9.0    and the longest chain of them, from barrier to barrier
 
 Launches come from the extension on the tests' emulated device, which notes instead of running them. sass_warp.py then
 executes the machine code of every warp of one image as far as control flow goes. Needs nvcc, and the disassembler that
@@ -52,6 +53,7 @@ class Count(NamedTuple):
     kernel: str
     pixels: int
     instructions: Counter[sass_text.Instruction]
+    chain: int  # the longest of a block
 
     @property
     def each(self) -> float:
@@ -97,11 +99,16 @@ def count(launch: Any, images: int, pixels: int, architecture: int) -> Count:
     constants = bytes(base) + launch.arguments + bytes(64)
     constants = launch.threads.to_bytes(4, "little") + constants[4:]  # blockDim.x
     found: Counter[sass_text.Instruction] = Counter()
+    longest = 0
     compiled = program(launch.kernel, architecture)
     for block in range(launch.blocks // images):
-        for warp in range((launch.threads + 31) // 32):
-            found.update(sass_warp.Warp(compiled, constants, block, warp, launch.threads).run())
-    return Count(launch.kernel, pixels, found)
+        warps = [
+            sass_warp.Warp(compiled, constants, block, i, launch.threads) for i in range((launch.threads + 31) // 32)
+        ]
+        for warp in warps:
+            found.update(warp.run())
+        longest = max(longest, sass_warp.chain([warp.meetings for warp in warps]))
+    return Count(launch.kernel, pixels, found, longest)
 
 
 def calls(
@@ -146,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architectures", nargs="+", help="compute capabilities, as 9.0")
     parser.add_argument("--parts", action="store_true", help="also where in `run` the instructions come from")
+    parser.add_argument("--chain", action="store_true", help="also the longest chain of instructions of a block")
     parser.add_argument("--shapes", nargs="+", default=["stage 1", "stage 2"], choices=SHAPES)
     parser.add_argument("--dtype", default="bfloat16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--ops", nargs="+", help="beginnings of ops; all by default")
@@ -160,7 +168,8 @@ def main() -> None:
                 for architecture in arguments.architectures:
                     found = count(launch, shape[0], shape[2] * shape[3], round(float(architecture) * 10))
                     kernel = "walk" if "walk" in launch.kernel else "spread" if "spread" in launch.kernel else "general"
-                    print(f"{name:12} {op:26} {kernel:8} {architecture:5} {found.each:7.1f}", flush=True)
+                    chain = f"  chain {found.chain:7}" if arguments.chain else ""
+                    print(f"{name:12} {op:26} {kernel:8} {architecture:5} {found.each:7.1f}{chain}", flush=True)
                     if arguments.parts:
                         parts: Counter[str] = Counter()
                         for one, times in found.instructions.items():

@@ -218,12 +218,16 @@ def shift(self: Warp, one: Instruction) -> None:
 def permute(self: Warp, one: Instruction) -> None:
     (a, ka), (sel, ks), (c, kc) = (self.read(name) for name in one.operands[1:4])
     wide, result = a | c << np.uint64(32), np.zeros_like(a)
+    halves = np.stack([self.low(one.operands[1]), ka, self.low(one.operands[3]), kc])  # known, of a and c
+    known = []
     for i in range(4):
         nibble = sel >> np.uint64(4 * i)
         byte = wide >> (np.uint64(8) * (nibble & np.uint64(7))) & np.uint64(0xFF)
         byte = np.where(nibble & np.uint64(8), np.where(byte & np.uint64(0x80), np.uint64(0xFF), ZERO), byte)
         result |= byte << np.uint64(8 * i)
-    self.put(one.operands[0], result, ka & ks & kc)
+        known.append(ks & np.choose((nibble & np.uint64(7)).astype(int) // 2, halves))
+    low = known[0] & known[1]
+    self.put(one.operands[0], result, low & known[2] & known[3], low)
 
 
 def move(self: Warp, one: Instruction) -> None:

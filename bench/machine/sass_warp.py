@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,34 @@ class Unknown(Exception):
     """A branch on a value that the launch does not determine."""
 
 
+class Meeting(NamedTuple):
+    """Where a warp waits for others: a barrier by its number, or END; and its instructions since it last did."""
+
+    barrier: str
+    issued: int
+
+
+END = ""
+
+
+def chain(warps: list[list[Meeting]]) -> int:
+    """The longest chain of instructions of a block: each warp's one after another, and from barrier to barrier."""
+    left = [iter(meetings) for meetings in warps]
+    now = [next(meetings) for meetings in left]
+    clocks = [meeting.issued for meeting in now]
+    members = {
+        barrier: {i for i, meetings in enumerate(warps) if any(meeting.barrier == barrier for meeting in meetings)}
+        for barrier in {meeting.barrier for meetings in warps for meeting in meetings}
+    }
+    while {meeting.barrier for meeting in now} != {END}:
+        complete = next(b for b, who in members.items() if b != END and all(now[i].barrier == b for i in who))
+        met = max(clocks[i] for i in members[complete])
+        for i in members[complete]:
+            now[i] = next(left[i])
+            clocks[i] = met + now[i].issued
+    return max(clocks)
+
+
 class Warp:
     """One warp of one block."""
 
@@ -42,6 +70,7 @@ class Warp:
         self.alive = self.thread < threads
         self.mask = self.alive.copy()
         self.counts: Counter[Instruction] = Counter()
+        self.meetings: list[Meeting] = []
 
     # --- Operands: values of 32 lanes, and which of them are known ---
 
@@ -88,11 +117,19 @@ class Warp:
             return ALL, ALL
         return self.values.get(name, ZERO).astype(bool), self.known.get(name, ALL)
 
-    def put(self, name: str, value: Any, known: Flags) -> None:
+    def low(self, name: str) -> Flags:
+        """Whether the low 16 bits of an operand are known."""
+        return self.known.get(f"{name.split('.')[0]} low", self.read(name)[1])
+
+    def put(self, name: str, value: Any, known: Flags, low: Flags | None = None) -> None:
+        """`low`: whether the low 16 bits are known, where they may be although the others aren't."""
         name = name if name.startswith("spilled") else name.split(".")[0]
         if name in ("RZ", "URZ", "PT", "UPT"):
             return
         where = self.guarded if name.startswith("U") else self.now
+        if low is not None or f"{name} low" in self.known:
+            before = self.known.get(f"{name} low", self.known.get(name, ALL))
+            self.known[f"{name} low"] = np.where(where, (known if low is None else low) & self.sure, before)
         self.values[name] = np.where(where, value, self.values.get(name, ZERO)).astype(np.uint64)
         self.known[name] = np.where(where, known & self.sure, self.known.get(name, ALL))
 
@@ -117,6 +154,8 @@ class Warp:
             one = self.program.instructions[address]
             self.counts[one] += 1
             taken, target = self.step(one)
+            if one.name == "BAR" and self.now.any():
+                self.meet(one.operands[0])
             stay = self.mask & ~taken
             if target is not None and taken.any():
                 waiting[target] = waiting.get(target, NONE) | taken
@@ -124,9 +163,14 @@ class Warp:
             address += 16
             if not self.mask.any():
                 if not waiting:
+                    self.meet(END)
                     return self.counts
                 address = min(waiting)
                 self.mask = waiting.pop(address)
+
+    def meet(self, barrier: str) -> None:
+        before = sum(meeting.issued for meeting in self.meetings)
+        self.meetings.append(Meeting(barrier, self.counts.total() - before))
 
     def step(self, one: Instruction) -> tuple[Flags, int | None]:
         """Lanes that leave the straight line, and for where; None: they end."""

@@ -86,3 +86,38 @@ def test_arithmetic_follows_the_machine() -> None:
         name = text.split(".")[0].split(" ")[0]
         expected = {"IMAD": 0x8000, "SHF": 2, "IADD3": 2, "HFMA2": 1, "I2F": 0x80000000}[name]
         assert (warp.values["R1"] == expected).all(), text
+
+
+def test_a_half_of_what_was_loaded_can_be_known() -> None:
+    """As where a bool is put into the low half of a register and read from there."""
+    for selector, known in (("0x9910", True), ("0xbb32", False)):
+        lines = ["PRMT R3, RZ, 0x7610, R3", f"PRMT R1, R3, {selector}, RZ", "EXIT"]
+        placed = [f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines)]
+        program = sass_text.programs("\n".join([".text.a:", *placed]))["a"]
+        warp = sass_warp.Warp(program, bytes(1024), 0, 0, 32)
+        warp.known["R3"] = np.zeros(32, bool)
+        warp.run()
+        assert (warp.known["R1"] == known).all()
+
+
+def test_the_longest_chain_from_barrier_to_barrier() -> None:
+    """Of three warps two meet among themselves first, which the third one is not waited for in."""
+    meet = [sass_warp.Meeting("0x1", 5), sass_warp.Meeting("0x0", 3), sass_warp.Meeting(sass_warp.END, 2)]
+    late = [sass_warp.Meeting("0x1", 7), sass_warp.Meeting("0x0", 1), sass_warp.Meeting(sass_warp.END, 2)]
+    alone = [sass_warp.Meeting("0x0", 9), sass_warp.Meeting(sass_warp.END, 4)]
+    assert sass_warp.chain([meet, late, alone]) == 7 + 3 + 4
+    assert sass_warp.chain([meet, late, [sass_warp.Meeting("0x0", 20), sass_warp.Meeting(sass_warp.END, 0)]]) == 20 + 2
+    assert sass_warp.chain([[sass_warp.Meeting(sass_warp.END, 6)]]) == 6
+
+
+def test_where_a_warp_meets_others() -> None:
+    """A barrier that its predicate leaves out is none."""
+    code = CODE.replace("IMAD R2, R1.reuse, R1, R2", "BAR.SYNC.DEFER_BLOCKING 0x1, R5")
+    code = code.replace("STG.E desc[UR4][R4.64], R2", "@!P0 BAR.SYNC.DEFER_BLOCKING 0x0")
+    program = sass_text.programs(code)["loop"]
+    constants = bytes(0x210) + (2).to_bytes(4, "little") + bytes(64)
+    warps = [sass_warp.Warp(program, constants, 0, warp, 64) for warp in range(2)]
+    for warp in warps:
+        warp.run()
+    assert warps[0].meetings == [("0x1", 6), ("0x1", 5), ("0x0", 3), ("", 1)]
+    assert warps[1].meetings == [("", 13)]  # all lanes leave the loop's barrier out
