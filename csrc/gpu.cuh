@@ -98,12 +98,22 @@ __device__ inline float reciprocal(float x) {
 // All threads of the block; all lanes of the warp.
 __device__ inline void barrier() { __syncthreads(); }
 __device__ inline void warp_barrier() { __syncwarp(); }
+// `threads` threads of the block, in whole warps and always the same ones; the others neither wait nor are waited for.
+// Lanes that have parted must meet before.
+__device__ inline void barrier_of(int threads) {
+  __syncwarp();
+  asm volatile("bar.sync 1, %0;" : : "r"(threads) : "memory");
+}
 
 // x, from which the compiler computes nothing beforehand: what follows is computed where it is used, again and again,
 // rather than held in registers through the loop around it.
 template <typename T>
 __device__ inline T anew(T x) {
-  asm volatile("" : "+r"(x));
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
   return x;
 }
 

@@ -46,6 +46,8 @@ struct Walk {
   int rows = 0, columns = 0;  // super tokens of a region; it also walks the tiles around them
   int group = 0;
   int ahead = 0;        // groups being copied to shared memory while one is worked on
+  int lag = 0;          // groups that pooling is ahead of weighing
+  int sum_warps = 0;    // of 16 bits: that sum; the others pool and weigh
   int64_t regions = 0;  // blocks of threads
   double reads = 0;     // how often pixels are read, halos and a pass of pooling included
 
@@ -64,18 +66,28 @@ struct Walk {
   int slices = 0;         // float: of the block's threads
   int split = 0;          // float: of them, those that share a tile
   int zeros_at = 0, tokens_at = 0, offsets_at = 0, totals_at = 0, masses_at = 0, scratch_at = 0;
+  int scratch_bytes = 0;  // of 16 bits: of each of two
   int stored_at = 0, partials_at = 0, partial_masses_at = 0;
   int64_t shared_bytes = 0;
 };
 Walk plan(const Task&, const Shape&, const Limits&);
 
 constexpr int WALK_WARPS = 16;
-constexpr int SUM_WARPS = 8;          // those that sum; the others pool meanwhile
+constexpr int SUM_WARPS = 8;          // of them those that sum, at most
 constexpr int SINGLE_WARPS = 8;       // for float: stages are twice as large, so steps have half the work
 constexpr int SPLIT = 16;             // for float: slices that share a tile, at most
 constexpr int WALK_CHANNELS = 384;    // at most
 constexpr int POOLED_CHANNELS = 256;  // at most where the walk pools too: registers
 constexpr int WALK_TILE = 1024;       // pixels at most
 constexpr int SCRATCH = 720;          // bytes of shared memory for the products and weights of 16 pixels
+
+// Rows of totals and of masses, by bytes of a number (walk.cuh): those that are summed, and in 16 bits one that is written.
+constexpr int total_rows(int size) { return size == 2 ? 4 : 3; }
+constexpr int mass_rows(int size) { return size == 2 ? 8 : 4; }
+
+// Sixteens of channels that a warp sums: the fewer warps sum, the fewer instructions.
+constexpr int sum_pairs(int64_t channels) {
+  return channels <= 64 ? 1 : channels <= 2 * 16 * SUM_WARPS ? 2 : WALK_CHANNELS / 16 / SUM_WARPS;
+}
 
 }  // namespace stvit

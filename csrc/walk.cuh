@@ -7,12 +7,13 @@
 //
 // A step, with two groups in a row and one on its way (groups by number; a row and a group is 3 groups):
 //
-//     step       barrier   phase 1: 8 warps   8 warps   barrier   phase 2: all
-//     i                    sum i - 4          pool i              copy i + 1, write a row, weigh i - 3
-//     i + 1                sum i - 3          pool i + 1          copy i + 2, write a row, weigh i - 2
+//     all          barrier; copy i + 1
+//     some warps   sum i - 4
+//     the others   pool i; their barrier; weigh i - 3, write a row that is no longer added to
 //
 // Parts: walk_block.cuh (shared memory), walk_copy.cuh, walk_pool.cuh, walk_weigh.cuh, walk_sum.cuh (the slots); the
-// last three for float: walk_single.cuh. There all warps sum and pool in phase 1, and in phase 2 add up what they summed.
+// last three for float: walk_single.cuh. There all warps sum and pool in a first phase, and in a second one add up what
+// they summed, and weigh.
 //
 // Bytes, X those of the pixels and A = 9/C X those of the weights: read 1 X, and those of A that the map takes; write
 // those that it makes. Regions other than whole images read the tiles around them too: plan.h, `reads`.
@@ -36,31 +37,64 @@ struct Walker {
 
   __device__ void run() {
     clear();
-    // Groups that pooling is ahead of weighing: a row and a group.
-    int lag = POOLS ? b.region.groups_of_row() + 1 : 0;
-    if (Block<T>::SINGLE) lag = gpu::anew(lag);
-    const int groups = b.region.groups;
-    Group coming = b.region.first(), arrived = coming, weighed = coming, summed = coming;
-    bool sums = false;
+    if constexpr (Block<T>::SINGLE) {
+      walk_in_phases();
+    } else {
+      walk_side_by_side();
+    }
+  }
+
+  // Some warps sum a group while the others weigh the next one.
+  __device__ void walk_side_by_side() {
+    const int sums = gpu::anew(int(b.warp < b.walk.sum_warps));  // 1: this warp does, a step after it has been weighed
+    const int groups = b.region.groups, lag = POOLS ? b.walk.lag : 0;
+    Group coming = b.region.first(), arrived = coming, own = coming;
     for (int i = 0; i < b.walk.ahead; ++i) copy(coming, i);
 #pragma unroll 1
     for (int step = 0; step <= groups + lag; ++step) {
       b.walk.ahead == 2 ? gpu::wait<1>() : gpu::wait<0>();  // for the oldest group that is being copied
       gpu::barrier();
-      const bool weighs = POOLS ? step >= lag && b.region.walks(weighed) : step < groups;
-      if constexpr (Block<T>::SINGLE) {
-        if (sums) summer.add(summed);
+      copy(coming, step + b.walk.ahead);
+      const int index = step - lag - sums;
+      const bool comes = unsigned(index) < unsigned(groups), works = comes && (!POOLS || b.region.walks(own));
+      if (sums) {
+        if (works) summer.add(own, b.scratch(step - 1));
+      } else {
         if (POOLS && step < groups) Pooler<T>{b}.pool(arrived);
-      } else if (b.warp < SUM_WARPS) {
-        if (sums) summer.add(summed);
-      } else if (POOLS && step < groups) {
-        Pooler<T>{b}.pool(arrived);
+        if (TOKENS && !POOLS && works) load_tokens(own);
+        if (TOKENS) gpu::barrier_of(b.weighing());
+        if (works) weigher.weigh(own, b.scratch(step));
+        if (works && own.column == b.region.column0) {
+          finish<T, MAP>(b, own.row - 3);  // no longer added to
+          if (MAP == Map::associate) clear_masses(b, own.row - 4);
+        }
       }
+      if (POOLS) b.region.advance(arrived);
+      if (comes) b.region.advance(own);
+    }
+    gpu::barrier();
+    if (sums) return;
+    for (int row = b.region.walked_end() - 3; row < b.region.walked_end(); ++row) finish<T, MAP>(b, row);
+  }
+
+  // Of float: all sum and pool, then all add up what they have summed, and weigh.
+  __device__ void walk_in_phases() {
+    const int lag = POOLS ? gpu::anew(b.walk.lag) : 0, groups = b.region.groups;
+    Group coming = b.region.first(), arrived = coming, weighed = coming, summed = coming;
+    bool sums = false;
+    for (int i = 0; i < b.walk.ahead; ++i) copy(coming, i);
+#pragma unroll 1
+    for (int step = 0; step <= groups + lag; ++step) {
+      b.walk.ahead == 2 ? gpu::wait<1>() : gpu::wait<0>();
+      gpu::barrier();
+      const bool weighs = POOLS ? step >= lag && b.region.walks(weighed) : step < groups;
+      if (sums) summer.add(summed);
+      if (POOLS && step < groups) Pooler<T>{b}.pool(arrived);
       if (POOLS) b.region.advance(arrived);
       if (TOKENS && !POOLS && weighs) load_tokens(weighed);
       gpu::barrier();
       copy(coming, step + b.walk.ahead);
-      if (sums) write(summed, !weighs);
+      if (sums) gather(summed, !weighs);
       if (weighs) weigher.weigh(weighed);
       summed = weighed;
       sums = weighs;
@@ -85,12 +119,13 @@ struct Walker {
     gpu::commit();
   }
 
-  // Once the last group of a row has been summed, the row above has met all its tiles; at the end the last row too.
-  __device__ void write(const Group& group, bool last) const {
+  // Of float: what has been summed is added to the totals. Then the row above has met all its tiles where the group was the
+  // last one of a row, and at the end that row too.
+  __device__ void gather(const Group& group, bool last) const {
     if (MAP == Map::associate && group.column == b.region.column0) clear_masses(b, group.row - 2);
-    if constexpr (Block<T>::SINGLE) summer.gather(group);
+    summer.gather(group);
     if (group.column + group.tiles < b.region.column_end) return;
-    if constexpr (Block<T>::SINGLE) gpu::barrier();
+    gpu::barrier();
 #pragma unroll 1
     for (int row = group.row - 1; row < group.row + last; ++row) finish<T, MAP>(b, row);
   }
@@ -114,7 +149,7 @@ struct Walker {
     const T* from = static_cast<const T*>(view.data) + b.region.image * view.image + row * view.row;
     const int first = larger(b.region.column0 - 1, 0), end = smaller(b.region.column_end + 1, b.shape.gw);
 #pragma unroll 1
-    for (int i = b.thread; i < (end - first) * int(b.a.vectors.d); i += b.THREADS) {
+    for (int i = b.THREADS - 1 - b.thread; i < (end - first) * int(b.a.vectors.d); i += b.weighing()) {
       constexpr int VECTOR = Block<T>::VECTOR;
       const int column = first + b.a.vectors.quotient(i);
       const int channel = (i - (column - first) * int(b.a.vectors.d)) * VECTOR;
@@ -155,10 +190,10 @@ void walk_channels(const WalkArguments& a, void* stream) {
   if constexpr (Block<T>::SINGLE) {
     run(walk_kernel<T, MAP, POOLS, 0>);
   } else {
-    // The fewer warps sum, the fewer instructions; their time is the same.
-    if (a.call.shape.channels <= 64) return run(walk_kernel<T, MAP, POOLS, 1>);
-    if (a.call.shape.channels <= 2 * 16 * SUM_WARPS) return run(walk_kernel<T, MAP, POOLS, 2>);
-    if constexpr (!POOLS) run(walk_kernel<T, MAP, POOLS, WALK_CHANNELS / 16 / SUM_WARPS>);
+    const int pairs = sum_pairs(a.call.shape.channels);
+    if (pairs == 1) return run(walk_kernel<T, MAP, POOLS, 1>);
+    if (pairs == 2) return run(walk_kernel<T, MAP, POOLS, 2>);
+    if constexpr (!POOLS) run(walk_kernel<T, MAP, POOLS, sum_pairs(WALK_CHANNELS)>);
   }
 }
 

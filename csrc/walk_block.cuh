@@ -4,11 +4,12 @@
 //   zeros     16 bytes
 //   tokens    [5 rows][columns around][channel]: row i of the grid in row i % 4; row 4, and columns outside, are zeros
 //   offsets   [5 rows][columns around], for Map::differentiate: <dS, S> / mass of the super tokens
-//   totals    [3 rows][column][channel] float, padded: sums of the super tokens that the walk is among; row i in row i % 3
-//   masses    [4 rows][column] float, for Map::associate; row i in row i % 4
-//   scratch   for every 16 pixels of a group SCRATCH bytes; two of them hold first the products of 32 pixels [neighbour]
-//             [pixel] as float, then in the same place each its pixels' weights [neighbour][pixel], which are summed
-//             with, and [pixel][neighbour], to be stored
+//   totals    [4 rows, of float 3][column][channel] float, padded: sums of the super tokens that the walk is among, and
+//             of a row that is being written; row i in row i % 4
+//   masses    [8 rows, of float 4][column] float, for Map::associate; row i in row i % 8
+//   scratch   twice, one is summed with while the other is filled: for every 16 pixels of a group SCRATCH bytes; two of
+//             them hold first the products of 32 pixels [neighbour][pixel] as float, then in the same place each its
+//             pixels' weights [neighbour][pixel], which are summed with, and [pixel][neighbour], to be stored
 //             float: [pixel][neighbour] summed with, and for Map::products the same again, to be stored
 //   partials  float: [unit][neighbour][channel], what a slice of the threads has summed of a tile; then their masses
 #pragma once
@@ -25,21 +26,22 @@ struct WalkArguments {
   PixelsToTokens call;
   Walk walk;
   Regions regions;
-  Divisor vectors;       // 16-byte vectors of a pixel
-  Divisor pairs, split;  // float: twos of channels, slices that share a tile
-  Divisor pool_blocks;   // float: of 2^pool_bits vectors, which a warp pools at a time
-  int pool_bits;
+  Divisor vectors;                  // 16-byte vectors of a pixel
+  Divisor pairs, split;             // float: twos of channels, slices that share a tile
+  Divisor pool_blocks;              // of 32 channels, or for float of 2^pool_bits vectors, which a warp pools at a time
+  int pool_tiles;                   // that a warp pools,
+  int pool_bits;                    // for float
   int fours, part_fours;            // float: fours of pixels in a tile, and in what a slice takes of it
   Divisor tile;                     // pixels of a tile
   Divisor width;                    // pixels of a tile's row
   Divisor parts;                    // sixteens of pixels in a tile
   Divisor tile_pieces, row_pieces;  // 16-byte pieces of the weights of a tile, and of a row of it
-  int weight_tiles;                 // tiles whose weights all threads copy at a time
+  int weight_tiles;                 // tiles whose weights the threads copy at a time
   int image_weights;                // bytes of the weights of an image,
   int line_weights, row_weights;    // of a row of its pixels, and of a row of a tile
   int tile_scratch;                 // bytes of scratch of a tile
   int run;                          // pixels of a run: of their weights as many numbers are written at a time
-  int pass, pass_tiles;             // pixels that all threads copy at a time, of how many tiles
+  int pass, pass_tiles;             // pixels that the threads copy at a time, of how many tiles
   bool whole;                       // whether those are whole rows of tiles, and tiles lie in the image as a whole
   int pass_lines, pass_columns;     // from a pixel of a tile to the one that its thread copies next,
   int pass_step, wrap_step;         // in bytes, and what it takes to wrap to the next line
@@ -54,7 +56,9 @@ static_assert(POOLED_CHANNELS <= POOL_CHANNELS * (WALK_WARPS - SUM_WARPS));
 
 inline WalkArguments walk_arguments(const PixelsToTokens& call, const Walk& walk) {
   const Shape& shape = call.shape;
-  const int size = size_of(call.type), threads = 32 * (size == 2 ? WALK_WARPS : SINGLE_WARPS);
+  const int size = size_of(call.type);
+  const bool apart = size == 2 && call.map == Map::weighted;  // Copier::APART
+  const int threads = 32 * (size == 2 ? apart ? WALK_WARPS - walk.sum_warps : WALK_WARPS : SINGLE_WARPS);  // that copy
   const int vectors = int(shape.channels) * size / 16, tile = shape.h * shape.w;
   WalkArguments a;
   a.call = call;
@@ -66,7 +70,12 @@ inline WalkArguments walk_arguments(const PixelsToTokens& call, const Walk& walk
   a.split = Divisor(size == 2 ? 1 : walk.split);
   a.pool_bits = 3;  // 8; of small tiles all at once
   while (a.pool_bits < 5 && 1 << a.pool_bits < vectors && tile << a.pool_bits < 512) ++a.pool_bits;
-  a.pool_blocks = Divisor((vectors + (1 << a.pool_bits) - 1) >> a.pool_bits);
+  const int blocks = int(size == 2 ? (shape.channels + POOL_CHANNELS - 1) / POOL_CHANNELS
+                                   : (vectors + (1 << a.pool_bits) - 1) >> a.pool_bits);
+  a.pool_blocks = Divisor(blocks);
+  const int shares = larger((WALK_WARPS - walk.sum_warps) / blocks, 1);  // of a group's tiles
+  const int sixteens = walk.pixels / 16;  // a warp takes at least four, to be worth its while
+  a.pool_tiles = larger((walk.group + shares - 1) / shares, (3 + sixteens) / sixteens);
   a.fours = (tile + 3) / 4;
   a.part_fours = (a.fours + int(a.split.d) - 1) / int(a.split.d);
   a.tile = Divisor(tile);
@@ -111,6 +120,7 @@ struct Block {
   static constexpr int WARPS = SINGLE ? SINGLE_WARPS : WALK_WARPS, THREADS = 32 * WARPS;
   static constexpr int VECTOR = 16 / sizeof(T);  // numbers of 16 bytes
   static constexpr int WEIGHTS = 9 * sizeof(T);  // bytes of a pixel's weights
+  static constexpr int TOTAL_ROWS = total_rows(sizeof(T)), MASS_ROWS = mass_rows(sizeof(T));
 
   const WalkArguments& a;
   const PixelsToTokens& call;
@@ -133,6 +143,9 @@ struct Block {
 
   // Parts of the walk work out from the lane what they need, each time, or it would fill the registers of the others.
   __device__ int lane() const { return gpu::anew(thread) & 31; }
+
+  // Threads that weigh: the last ones.
+  __device__ int weighing() const { return THREADS - 32 * walk.sum_warps; }
 
   static __device__ char* shared() { return gpu::shared_memory(); }
   __device__ int stage_at(const Group& group, int tile) const {
@@ -157,14 +170,15 @@ struct Block {
   __device__ float* offset(int place) const { return reinterpret_cast<float*>(shared() + walk.offsets_at) + place; }
 
   __device__ float* total(int row, int column) const {
-    return reinterpret_cast<float*>(shared() + walk.totals_at) + (row + 3) % 3 * walk.totals_row +
+    return reinterpret_cast<float*>(shared() + walk.totals_at) + (row + TOTAL_ROWS) % TOTAL_ROWS * walk.totals_row +
            (column - region.first_column) * walk.token_stride;
   }
   __device__ float* total_mass(int row, int column) const {
-    return reinterpret_cast<float*>(shared() + walk.masses_at) + (row & 3) * walk.columns + column -
+    return reinterpret_cast<float*>(shared() + walk.masses_at) + (row & MASS_ROWS - 1) * walk.columns + column -
            region.first_column;
   }
-  __device__ char* scratch(int sixteen) const { return shared() + walk.scratch_at + sixteen * SCRATCH; }
+  // Where the scratch is that step `step` fills and the next one sums with.
+  __device__ int scratch(int step) const { return walk.scratch_at + (step & 1) * walk.scratch_bytes; }
 
   // Bytes from the first weight of the image to the nine of a pixel.
   __device__ int weight(int y, int x) const { return (y * int(shape.width) + x) * WEIGHTS; }

@@ -1,6 +1,6 @@
 // The copies of the walk: tiles from device to stages of shared memory, 16 bytes at a time.
 //
-// A pass of all threads covers some tiles, or else some rows of one: a thread keeps its 16 bytes of a pixel and its column,
+// A pass of the threads that copy covers some tiles, or else some rows of one: a thread keeps its 16 bytes of a pixel and its column,
 // and its addresses advance by steps that the host has worked out. Where tiles lie in the image as a whole nothing
 // else is asked.
 #pragma once
@@ -12,6 +12,8 @@ namespace stvit {
 template <typename T, Map MAP>
 struct Copier {
   static constexpr int SIZE = sizeof(T);
+  // Warps that sum don't copy: without products the others have less to do than they.
+  static constexpr bool APART = SIZE == 2 && MAP == Map::weighted;
 
   // 16 bytes of weights. In bytes: from the first weight of a group to the row of a tile that they are of; from where that
   // row begins, rounded down to 16; from the tile's stage.
@@ -20,13 +22,20 @@ struct Copier {
   };
 
   const Block<T>& b;
+  const char* image;          // its first pixel
   int tile0, line0, column0;  // the thread's first pixel: tile of a group, row and column in it
   int to0, from0;             // bytes from the stage, and from the tile's first pixel
   int weight_tile0;           // of weights: the thread's first tile of a group, and piece of it
   Piece piece0;
+  int skipped;  // bytes from a multiple of 16 to the image's weights
 
-  __device__ explicit Copier(const Block<T>& block) : b(block) {
-    const int phase = b.a.vectors.quotient(b.thread), vector = b.thread - phase * int(b.a.vectors.d);
+  __device__ explicit Copier(const Block<T>& block)
+      : b(block),
+        image(reinterpret_cast<const char*>(static_cast<const T*>(b.call.pixels.data) +
+                                            b.region.image * b.call.pixels.image)) {
+    if (MAP == Map::weighted) image = gpu::anew(image);  // registers are left
+    const int thread = b.thread - first_thread();
+    const int phase = b.a.vectors.quotient(thread), vector = thread - phase * int(b.a.vectors.d);
     const int tile = b.a.pass_tiles > 1 ? b.a.tile.quotient(phase) : 0, p = phase - tile * int(b.a.tile.d);
     const int line = b.a.width.quotient(p), column = p - line * b.shape.w;
     // Kept, not to be worked out again for every group.
@@ -36,23 +45,25 @@ struct Copier {
     to0 = gpu::anew(p * b.walk.stride * SIZE + vector * 16);
     from0 = gpu::anew((line * int(b.call.pixels.row) + column * int(b.call.pixels.column)) * SIZE + vector * 16);
     if (MAP == Map::associate) return;
-    const int whose = b.a.tile_pieces.quotient(b.thread);
-    const Piece piece = piece_of(b.thread - whose * int(b.a.tile_pieces.d));
+    skipped = gpu::anew(b.misalignment());
+    const int whose = b.a.tile_pieces.quotient(thread);
+    const Piece piece = piece_of(thread - whose * int(b.a.tile_pieces.d));
     weight_tile0 = gpu::anew(whose < b.a.weight_tiles ? whose : b.walk.group);
     piece0 = {gpu::anew(whose * b.a.row_weights + piece.from), gpu::anew(piece.at), gpu::anew(piece.to)};
   }
 
+  __device__ int first_thread() const { return APART ? 32 * b.walk.sum_warps : 0; }
+
   // Starts the copies of a group; zeros for pixels outside the image.
   __device__ void copy(const Group& group) const {
+    if (APART && b.warp < b.walk.sum_warps) return;
     copy_pixels(group);
     if (MAP != Map::associate) copy_weights(group, 0, b.call.weights);
     if (MAP == Map::differentiate && b.call.grad) copy_weights(group, 1, b.call.grad);
   }
 
   __device__ void copy_pixels(const Group& group) const {
-    const char* image =
-        reinterpret_cast<const char*>(static_cast<const T*>(b.call.pixels.data) + b.region.image * b.call.pixels.image);
-    if (!b.a.whole) return copy_inside(group, image);
+    if (!b.a.whole) return copy_inside(group);
     const char* from = image + (group.row * b.a.tile_row + (group.column + tile0) * b.a.tile_column + from0);
     if (b.a.passes == 1 && group.stage + group.tiles <= b.walk.stages) return copy_straight(group, from);
     copy_whole(group, from);
@@ -92,7 +103,7 @@ struct Copier {
   }
 
   // What lies outside the image is zero; or a row of a tile takes more than a pass.
-  __device__ void copy_inside(const Group& group, const char* image) const {
+  __device__ void copy_inside(const Group& group) const {
     const int rows = int(b.shape.height) - group.row * b.shape.h;
     int columns = int(b.shape.width) - (group.column + tile0) * b.shape.w;
     int first = group.row * b.a.tile_row + (group.column + tile0) * b.a.tile_column + from0;
@@ -123,7 +134,7 @@ struct Copier {
   // The weights of a tile's row begin on any number: copied are the 16-byte pieces that they touch. Of a tile across the
   // right edge the next row of pixels comes along; nobody reads it.
   __device__ void copy_weights(const Group& group, int grad, const void* given) const {
-    const int skipped = b.misalignment(), end = b.a.image_weights + skipped;
+    const int end = b.a.image_weights + skipped;
     const char* image = static_cast<const char*>(given) + b.image_weights() - skipped;
     int corner = b.weight(group.row * b.shape.h, group.column * b.shape.w) + skipped;
 #pragma unroll 1
@@ -131,11 +142,11 @@ struct Copier {
       const gpu::Shared stage = b.base + (b.stage_at(group, tile) + grad * b.shape.h * b.walk.weight_row);
       Piece piece = piece0;
 #pragma unroll 1
-      for (int i = b.thread;;) {
+      for (int i = b.thread - first_thread();;) {
         const int first = corner + piece.from, begin = (first & ~15) + piece.at;
         const int left = smaller(first + b.a.row_weights, end) - begin;
         if (left > 0) gpu::copy_async(stage + piece.to, image + begin, smaller(left, 16));
-        if ((i += b.THREADS) >= int(b.a.tile_pieces.d)) break;
+        if ((i += b.THREADS - first_thread()) >= int(b.a.tile_pieces.d)) break;
         piece = piece_of(i);
       }
       corner += b.a.weight_tiles * b.a.row_weights;

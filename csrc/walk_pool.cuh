@@ -1,8 +1,8 @@
 // Initial super tokens: the means over the tiles of a group that has arrived, as products with ones.
 //
-// A warp takes 32 channels of up to eight tiles: of the matrix on the left row i is ones while the pixels of tile i are on
-// the right, the others are zeros. Zero times infinity or NaN is NaN: where a sum is not finite, the tiles are taken one
-// by one.
+// The warps that weigh share channels and tiles: each takes 32 channels of up to eight tiles. Of the matrix on the left row
+// i is ones while the pixels of tile i are on the right, the others are zeros. Zero times infinity or NaN is NaN: where a
+// sum is not finite, the tiles are taken one by one.
 #pragma once
 
 #include "walk_block.cuh"
@@ -16,18 +16,20 @@ struct Pooler {
   const Block<T>& b;
 
   __device__ void pool(const Group& group) const {
-    const int channel0 = (b.warp - SUM_WARPS) * POOL_CHANNELS, channels = int(b.shape.channels);
-    if (channel0 >= channels) return;
+    const int index = b.WARPS - 1 - b.warp, share = b.a.pool_blocks.quotient(index), first = share * b.a.pool_tiles;
+    const int last = smaller(first + b.a.pool_tiles, group.tiles);
+    if (first >= last) return;
+    const int channel0 = (index - share * int(b.a.pool_blocks.d)) * POOL_CHANNELS, channels = int(b.shape.channels);
     const int lane = b.lane(), r = lane / 4, at = channel0 + lane % 4 * 2;
     const int pixels0 = (lane % 16 * b.walk.stride + channel0 + lane / 16 * 8) * 2;
     const int row = group.row;
-    gpu::warp_barrier();
     int most = 8;
 #pragma unroll 1
-    for (int tile = 0, taken; tile < group.tiles; tile += taken) {
-      taken = smaller(most, group.tiles - tile);
+    for (int tile = first, taken; tile < last; tile += taken) {
+      taken = smaller(most, last - tile);
+      gpu::warp_barrier();
       float sums[PAIRS][2][4] = {};
-      add(sums, pixels0 + b.stage_at(group, tile), taken, r);
+      add(sums, pixels0 + b.stage_at(group, tile), channel0 + 16 < channels ? 32 : 0, taken, r);
       bool finite = true;
 #pragma unroll
       for (int i = 0; i < 2 * PAIRS; ++i)
@@ -54,8 +56,8 @@ struct Pooler {
     }
   }
 
-  // Tile i in row i.
-  __device__ void add(float (&sums)[PAIRS][2][4], int pixels, int taken, int row) const {
+  // Tile i in row i. `second`: bytes to the second sixteen of channels, none where it were those of the next stage.
+  __device__ void add(float (&sums)[PAIRS][2][4], int pixels, int second, int taken, int row) const {
     const uint32_t one = gpu::pack(gpu::narrow<T>(1), gpu::narrow<T>(1));
     uint32_t left[4] = {};
 #pragma unroll 1
@@ -67,7 +69,7 @@ struct Pooler {
 #pragma unroll
         for (int pair = 0; pair < PAIRS; ++pair) {
           uint32_t channels[4];
-          gpu::load_matrices_transposed(channels, from + pair * 32);
+          gpu::load_matrices_transposed(channels, from + pair * second);
           gpu::multiply_add<T>(sums[pair][0], left, channels[0], channels[1]);
           gpu::multiply_add<T>(sums[pair][1], left, channels[2], channels[3]);
         }

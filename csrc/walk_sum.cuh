@@ -35,18 +35,18 @@ struct Summer {
     pixels0 = gpu::anew((slot * b.walk.stride + channel0 + lane / 16 * 8) * 2);
   }
 
-  __device__ void add(const Group& group) const {
+  // `scratch_at`: of the scratch that holds the group's weights.
+  __device__ void add(const Group& group, int scratch_at) const {
     const int pairs = gpu::anew((int(b.shape.channels) - channel0 + 15) / 16);  // that the warp has
-    if (pairs <= 0) return;
     const int lane = b.lane(), channel = channel0 + lane % 4 * 2;
     const Slot slots[2] = {Slot(b, group, lane / 4, channel), Slot(b, group, lane / 4 + 8, channel)};
-    gpu::warp_barrier();
     int most = SLOT_TILES;
 #pragma unroll 1
     for (int tile = 0, taken; tile < group.tiles; tile += taken) {
       taken = smaller(most, group.tiles - tile);
+      gpu::warp_barrier();  // other lanes may have added to the same totals before
       float sums[PAIRS][2][4] = {}, mass[4] = {};
-      multiply(sums, mass, group, tile, taken);
+      multiply(sums, mass, pairs, group, scratch_at, tile, taken);
       if (taken > 1 && gpu::any(spoiled(sums, pairs, lane))) {
         most = 1;
         taken = 0;
@@ -69,11 +69,13 @@ struct Summer {
   }
 
   // The slots of some tiles side by side.
-  __device__ void multiply(float (&sums)[PAIRS][2][4], float (&mass)[4], const Group& group, int tile,
-                           int taken) const {
+  __device__ void multiply(float (&sums)[PAIRS][2][4], float (&mass)[4], int pairs, const Group& group, int scratch_at,
+                           int tile, int taken) const {
+    int at[PAIRS] = {};  // bytes to its pairs of channels: to none of the next stage
+    for (int pair = 1; pair < PAIRS; ++pair) at[pair] = gpu::anew(smaller(pair, pairs - 1) * 32);
     const uint32_t ones = gpu::pack(gpu::narrow<T>(1), gpu::narrow<T>(1));
     int left_of_ring = b.walk.stages - group.stage - tile;  // tiles
-    int weights = b.walk.scratch_at + tile * b.a.tile_scratch + weights0;
+    int weights = scratch_at + tile * b.a.tile_scratch + weights0;
     gpu::Shared pixels = b.base + (b.stage_at(group, tile) + pixels0);
 #pragma unroll 1
     for (int i = 0; i < taken; ++i) {
@@ -86,7 +88,7 @@ struct Summer {
         gpu::load_matrices(factors, row);
 #pragma unroll
         for (int pair = 0; pair < PAIRS; ++pair) {
-          gpu::load_matrices_transposed(channels, from + pair * 32);
+          gpu::load_matrices_transposed(channels, from + at[pair]);
           gpu::multiply_add<T>(sums[pair][0], factors, channels[0], channels[1]);
           gpu::multiply_add<T>(sums[pair][1], factors, channels[2], channels[3]);
         }
@@ -134,7 +136,8 @@ struct Summer {
   }
 };
 
-// Writes the row of super tokens that has met all its tiles, and frees its totals; by all threads, 16 bytes each.
+// Writes the row of super tokens that has met all its tiles, and frees its totals; by the threads that weigh, 16 bytes
+// each, from the last one on: the first ones weigh meanwhile.
 template <typename T, Map MAP>
 __device__ void finish(const Block<T>& b, int row) {
   constexpr int VECTOR = Block<T>::VECTOR;
@@ -143,7 +146,7 @@ __device__ void finish(const Block<T>& b, int row) {
   const View& view = b.call.stokens;
   T* to = static_cast<T*>(view.data) + b.region.image * view.image + row * view.row;
 #pragma unroll 1
-  for (int i = b.thread; i < columns * int(b.a.vectors.d); i += Block<T>::THREADS) {
+  for (int i = Block<T>::THREADS - 1 - b.thread; i < columns * int(b.a.vectors.d); i += b.weighing()) {
     const int place = b.a.vectors.quotient(i), channel = (i - place * int(b.a.vectors.d)) * VECTOR;
     const int column = b.region.first_column + place;
     float factor = float(b.call.scale);
@@ -183,7 +186,8 @@ __device__ void finish(const Block<T>& b, int row) {
 // Masses are read by several threads of `finish`, so they are freed a row of tiles later.
 template <typename T>
 __device__ void clear_masses(const Block<T>& b, int row) {
-  for (int i = b.thread; i < b.walk.columns; i += Block<T>::THREADS) *b.total_mass(row, b.region.first_column + i) = 0;
+  for (int i = Block<T>::THREADS - 1 - b.thread; i < b.walk.columns; i += b.weighing())
+    *b.total_mass(row, b.region.first_column + i) = 0;
 }
 
 }  // namespace stvit

@@ -38,9 +38,11 @@ struct Weigher {
 
   const Block<T>& b;
 
-  __device__ void weigh(const Group& group) const {
-    const int parts = group.tiles * int(b.a.parts.d), lane = b.lane();
-    if (2 * b.warp >= parts) return;
+  // `scratch_at`: of the scratch that is filled. By the warps that don't sum.
+  __device__ void weigh(const Group& group, int scratch_at) const {
+    const int parts = group.tiles * int(b.a.parts.d), first = 2 * (b.warp - b.walk.sum_warps);
+    if (first >= parts) return;
+    const int lane = b.lane();
     // What the lane gives to matrix loads: rows of the 16 neighbours, of which 9 are in use, and of 16 pixels.
     const int k = lane % 16, up = k * 11 / 32;  // k / 3 up to 9
     const int near = k < 9 ? b.place(group.row + up - 1, group.column + k - 3 * up - 1) : 4 * b.walk.known_columns;
@@ -48,8 +50,8 @@ struct Weigher {
     const int next = k < 9 ? b.walk.stride : 0;  // from tile to tile
     const int pixel0 = (lane / 16 * 8 + lane % 8) * b.walk.stride + lane / 8 % 2 * 8;
 #pragma unroll 1
-    for (int part = 2 * b.warp; part < parts; part += 2 * WALK_WARPS) {
-      char* scratch = b.scratch(part);
+    for (int part = first; part < parts; part += 2 * (WALK_WARPS - b.walk.sum_warps)) {
+      char* scratch = b.shared() + scratch_at + part * SCRATCH;
       if (TOKENS) {
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {

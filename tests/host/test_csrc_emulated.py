@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,29 @@ def test_listed_cases_are_carried_out_in_every_way() -> None:
     one_pass = {(True, False, False), (True, True, False)}
     assert ways[2] >= one_pass | {(False, False, False), (False, False, True), (False, True, True), "general"}
     assert ways[4] >= one_pass | {(False, False, False), (False, True, True)}
+
+
+def groups_across_the_end(case: Case, plan: dict[str, Any]) -> bool:
+    """Whether any group of a whole image has tiles at both ends of the ring of stages."""
+    rows, columns = case.grid
+    of_row = [min(plan["group"], columns - first) for first in range(0, columns, plan["group"])]
+    stage = 0
+    for tiles in of_row * rows:
+        if stage + tiles > plan["stages"]:
+            return True
+        stage = (stage + tiles) % plan["stages"]
+    return False
+
+
+def test_listed_cases_take_every_map_across_the_end_of_the_ring() -> None:
+    found = set()
+    for case in VECTORIZED:
+        for map_ in range(4):
+            size = case.dtype.itemsize
+            plan = emulated.extension().plan(map_, map_ == 0, map_ == 3, *case.shape, *case.tile, size, *case.limits)
+            if plan["fits"] and plan["columns"] == case.grid[1] and groups_across_the_end(case, plan):
+                found.add((size, map_, plan["pools"]))
+    assert found >= {(size, map_, map_ == 0) for size in (2, 4) for map_ in range(4)}
 
 
 GENERAL = [case for case in LISTED if case.full and case.layout != "channels_last"][::3]

@@ -30,6 +30,7 @@ def test_barriers_and_shuffles(order: str, samples: Device) -> None:
     with samples.order(order):
         assert torch.equal(run(samples, "block_sum", x, torch.empty(3)), x.view(3, 128).sum(1))
         assert torch.equal(run(samples, "warp_rotate", x, torch.empty(32)), x[:32].roll(-1))
+        assert torch.equal(run(samples, "half_block_turn", x, torch.empty(64)), x[64:128].flip(0))
         sums = run(samples, "warp_sum", x.double(), torch.empty(32, dtype=torch.float64))
         assert torch.equal(sums, x[:32].double().sum().expand(32))
         assert torch.equal(run(samples, "warp_turn", x, torch.empty(32)), x[:32].flip(0))
@@ -80,12 +81,12 @@ def test_conversions(kind: str, samples: Device) -> None:
     torch.testing.assert_close(narrow, given.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["block_sum", "warp_rotate"])
-def test_a_missing_barrier_shows_in_one_of_the_orders(name: str, samples: Device) -> None:
+@pytest.mark.parametrize(("name", "size"), [("block_sum", 3), ("half_block_turn", 64), ("warp_rotate", 32)])
+def test_a_missing_barrier_shows_in_one_of_the_orders(name: str, size: int, samples: Device) -> None:
     x, wrong = torch.randint(-9, 9, (384,)).float(), 0
     for order in ORDERS:
         with samples.order(order):
-            right = run(samples, name, x, torch.empty(32)[: 3 if name == "block_sum" else 32])
+            right = run(samples, name, x, torch.empty(size))
             found = run(samples, f"{name} without a barrier", x, torch.empty_like(right))
         wrong += not torch.equal(found, right)
     assert wrong
@@ -101,6 +102,9 @@ def test_data_that_is_still_being_copied_is_nan(fault: str, samples: Device) -> 
     [
         ("some_leave", "block 0: threads wait for ever: thread 0 at barrier, thread 41 at barrier, while 1 of 64 have"),
         ("partial warp", "thread 0 at warp_barrier, while 0 of 16 have ended"),
+        ("no_whole_warps", "thread 0: barrier of 48 threads"),
+        ("halves_of_warps", "barrier of 32 threads: a part of a warp came"),
+        ("different_numbers", "thread 32: barrier of 32 threads and of 64"),
         ("two_operations", "thread 1: warp_barrier while other lanes of the warp are at shuffle_xor"),
         ("pipeline with a copy left over", "ended with asynchronous copies that it did not wait for"),
         ("misaligned_copy", "copy_async, device memory: the address is no multiple of 16"),

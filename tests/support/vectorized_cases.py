@@ -18,6 +18,10 @@ VECTORIZED = [
     *(Case(1, channels, 19, 22, (4, 4), dtype, True, 2, VECTORS, VECTORS, limits=limits)
       for channels, dtype, limits in [(128, BRAIN, ONE), (192, HALF, FEW), (40, HALF, MANY), (96, BRAIN, SMALL)]),
     Case(1, 64, 46, 15, (4, 4), HALF, True, 1, LAST, LAST, limits=TWO),
+    *(Case(1, channels, height, width, (4, 4), dtype, True, 1, LAST, LAST, limits=(1, shared_bytes))
+      for channels, height, width, dtype, shared_bytes in [  # with groups across the end of the ring
+          (32, 30, 27, BRAIN, 49152), (64, 20, 35, HALF, 49152), (96, 24, 35, BRAIN, 49152),
+          (16, 30, 27, SINGLE, 49152), (32, 20, 35, SINGLE, 65536)]),
     Case(3, 24, 9, 20, (3, 5), BRAIN, True, 1, LAST, VECTORS, limits=ONE),
     Case(1, 16, 3, 9, (1, 1), HALF, True, 1, LAST, LAST, limits=FEW),
     Case(1, 8, 40, 67, (32, 32), HALF, True, 1, LAST, LAST, limits=ONE),

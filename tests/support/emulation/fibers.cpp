@@ -43,12 +43,14 @@ struct Thread : Stack {
 struct Warp {
   int size, next = 0;  // lanes; of those in order, the next to run
   int arrived = 0, phase = 0;
+  int among_some = 0;  // lanes that wait for some threads of the block
   const char* operation = nullptr;
   alignas(16) unsigned char deposits[2][LANES][DEPOSIT];
 };
 
 struct Block {
   int threads = 0, ended = 0, arrived = 0, next_warp = 0;
+  int some = 0, some_arrived = 0;  // threads that are waited for, and have come
   std::vector<Warp> warps;
   std::vector<int> warp_order, lane_order;
   std::unique_ptr<char[]> shared;
@@ -149,12 +151,12 @@ void choose_order(int64_t index) {
 
 void start_block(int64_t index, int count, int64_t shared_bytes) {
   block.threads = count;
-  block.ended = block.arrived = block.next_warp = 0;
+  block.ended = block.arrived = block.next_warp = block.some_arrived = 0;
   block.warps.resize((count + LANES - 1) / LANES);
   for (int i = 0; i < int(block.warps.size()); ++i) {
     Warp& warp = block.warps[i];
     warp.size = std::min(LANES, count - i * LANES);
-    warp.next = warp.arrived = warp.phase = 0;
+    warp.next = warp.arrived = warp.phase = warp.among_some = 0;
   }
   choose_order(index);
   block.shared_bytes = shared_bytes;
@@ -227,6 +229,22 @@ void wait_for_block() {
     for (Warp& warp : block.warps) warp.next = 0;
   }
   wait("barrier");
+}
+
+void wait_for_some(int threads) {
+  const std::string what = "barrier of " + std::to_string(threads) + " threads";
+  if (threads <= 0 || threads % LANES || threads > block.threads) fail(what);
+  if (block.some_arrived++ == 0) block.some = threads;
+  if (block.some != threads) fail(what + " and of " + std::to_string(block.some));
+  ++running_warp().among_some;
+  if (block.some_arrived == threads) {
+    for (Warp& warp : block.warps) {
+      if (warp.among_some % LANES) fail(what + ": a part of a warp came");
+      if (warp.among_some) warp.next = warp.among_some = 0;
+    }
+    block.some_arrived = block.next_warp = 0;
+  }
+  wait("barrier of some");
 }
 
 void wait_for_warp(const char* operation) {

@@ -42,8 +42,9 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
 // An error of the thread that is running, whose place the message names.
 [[noreturn]] void fail(const std::string& what);
 
-// Both return when all threads of the block, all lanes of the warp, have come.
+// These return when all threads of the block, `threads` of them in whole warps, all lanes of the warp have come.
 void wait_for_block();
+void wait_for_some(int threads);
 void wait_for_warp(const char* operation);
 
 // Every lane of a warp deposits `bytes`; `combine` changes those of all 32, DEPOSIT bytes apart, in place; then every lane

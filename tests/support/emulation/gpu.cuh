@@ -83,6 +83,7 @@ inline float power_of_two(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
 
 inline void barrier() { emulation::wait_for_block(); }
+inline void barrier_of(int threads) { emulation::wait_for_some(threads); }
 inline void warp_barrier() { emulation::wait_for_warp("warp_barrier"); }
 
 template <typename T>

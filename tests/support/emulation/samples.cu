@@ -29,6 +29,19 @@ __global__ void warp_rotate(const float* in, float* out, int64_t) {
   gpu::store(out + threadIdx.x, shared[(threadIdx.x + 1) % 32]);
 }
 
+// Of four warps the last two hand their numbers to each other; with SKIP without the barrier in between.
+template <bool SKIP>
+__global__ void half_block_turn(const float* in, float* out, int64_t) {
+  float* shared = reinterpret_cast<float*>(gpu::shared_memory());
+  const int thread = threadIdx.x;
+  shared[thread] = gpu::load(in + thread);
+  if (thread >= 64) {
+    if (!SKIP) gpu::barrier_of(64);
+    gpu::store(out + thread - 64, shared[191 - thread]);
+  }
+  gpu::barrier();
+}
+
 __global__ void warp_sum(const double* in, double* out, int64_t) {
   double value = gpu::load(in + threadIdx.x);
   for (int lanes = 16; lanes > 0; lanes /= 2) value += gpu::shuffle_xor(value, lanes);
@@ -99,6 +112,11 @@ __global__ void pipeline(const float* in, float* out, int64_t n) {
 __global__ void some_leave(const float*, float*, int64_t) {
   if (threadIdx.x != 40) gpu::barrier();
 }
+__global__ void different_numbers(const float*, float*, int64_t) { gpu::barrier_of(threadIdx.x < 32 ? 64 : 32); }
+__global__ void no_whole_warps(const float*, float*, int64_t) { gpu::barrier_of(48); }
+__global__ void halves_of_warps(const float*, float*, int64_t) {
+  if (threadIdx.x % 32 < 16) gpu::barrier_of(32);
+}
 __global__ void two_operations(const float*, float*, int64_t) {
   if (threadIdx.x % 2) gpu::warp_barrier();
   gpu::shuffle_xor(1.f, 1);
@@ -150,6 +168,11 @@ Sample sample(void (*kernel)(const In*, Out*, int64_t), int blocks, int threads,
 const std::map<std::string, Sample> samples = {
     {"block_sum", sample(block_sum<false>, 3, 128, 512)},
     {"block_sum without a barrier", sample(block_sum<true>, 3, 128, 512)},
+    {"half_block_turn", sample(half_block_turn<false>, 1, 128, 512)},
+    {"half_block_turn without a barrier", sample(half_block_turn<true>, 1, 128, 512)},
+    {"different_numbers", sample(different_numbers, 1, 64, 0)},
+    {"no_whole_warps", sample(no_whole_warps, 1, 64, 0)},
+    {"halves_of_warps", sample(halves_of_warps, 1, 64, 0)},
     {"warp_rotate", sample(warp_rotate<false>, 1, 32, 128)},
     {"warp_rotate without a barrier", sample(warp_rotate<true>, 1, 32, 128)},
     {"warp_sum", sample(warp_sum, 1, 32, 0)},
