@@ -78,13 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tell(stop: Stop) -> None:
     """One line on standard error, from one process."""
     text = _message(stop)
-    if isinstance(stop, (Interrupted, Preempted)):
-        first = os.environ.get("RANK", "0") == "0"
-    elif "torch" in sys.modules:
-        from stvit.train.distributed import first_to_say
+    if isinstance(stop, (Interrupted, Preempted)) or "torch" not in sys.modules:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"main.py: {text}", file=sys.stderr)
+        return
+    from stvit.train.distributed import first_to_say, let_others_ask
 
-        first = first_to_say(text)
-    else:
-        first = os.environ.get("RANK", "0") == "0"
-    if first:
+    if first_to_say(text):
         print(f"main.py: {text}", file=sys.stderr)
+    let_others_ask(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,6 +94,17 @@ def first_to_say(text: str) -> bool:
         return store.add(f"stvit/{text}", 1) == 1
     except RuntimeError:  # the process that kept the store is gone
         return True
+
+
+def let_others_ask(text: str, seconds: float = 10) -> None:
+    """Where this process keeps the store that `first_to_say` asks: stay until all have asked it, or not much longer."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() != 0:
+        return
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps it
+        return
+    store, until = dist.distributed_c10d._get_default_store(), time.monotonic() + seconds
+    while store.add(f"stvit/{text}", 0) < dist.get_world_size() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
+import signal
+import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Sequence
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # those of torchrun
+LATER = 0.01  # seconds
 
 
 def launch(argv: Sequence[str], processes: int) -> int:
@@ -25,6 +34,10 @@ def launch(argv: Sequence[str], processes: int) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
+    if any(field.name == "signals_to_handle" for field in dataclasses.fields(config)):  # not before torch 2.9
+        config.signals_to_handle = ""
+        for number in SIGNALS:
+            signal.signal(number, _stop)
     try:
         elastic_launch(config, sys.executable)("-m", "stvit.train", *argv)
     except ChildFailedError as error:
@@ -33,6 +46,23 @@ def launch(argv: Sequence[str], processes: int) -> int:
     except SignalException as error:  # passed on to the processes, which have ended
         return 128 + int(error.sigval)
     return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Raise what the launcher stops by; a little later where the signal finds it within ``subprocess``.
+
+    An exception there can leave the lock of a process taken, for which the launcher then waits for ever.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    while frame is not None:
+        if frame.f_code.co_filename == subprocess.__file__:
+            again = threading.Timer(LATER, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
+        frame = frame.f_back
+    raise SignalException(f"Process {os.getpid()} got signal: {number}", sigval=signal.Signals(number))
 
 
 def _quiet() -> None:

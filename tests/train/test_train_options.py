@@ -102,6 +102,8 @@ def test_a_failed_compilation_is_one_line(photos, capsys, monkeypatch):
 def test_an_error_of_all_processes_is_one_line(train, photos):
     codes, printed = train([*flags(photos), "--resume", "/nowhere.pth"], (), 2)
     assert codes == [[2, 2]] and printed.count("/nowhere.pth") == 1
+    codes, printed = train([*flags(photos), "--resume", "/nowhere.pth"], (), 2, "tests.support.late_speaker")
+    assert codes == [[2, 2]] and printed.count("main.py:") == 1  # although one process has long said it
     codes, printed = train([*flags(photos), "--lr", "-1"], (), 2)
     assert codes == [[2, 2]] and printed.count("--lr") == 1
 
