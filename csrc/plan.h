@@ -85,6 +85,9 @@ constexpr int SCRATCH = 720;          // bytes of shared memory for the products
 constexpr int total_rows(int size) { return size == 2 ? 4 : 3; }
 constexpr int mass_rows(int size) { return size == 2 ? 8 : 4; }
 
+// Whether the warps that sum leave copies to the others: without products those have less to do than they.
+constexpr bool sums_apart(Map map, int size) { return size == 2 && map == Map::weighted; }
+
 // Sixteens of channels that a warp sums: the fewer warps sum, the fewer instructions.
 constexpr int sum_pairs(int64_t channels) {
   return channels <= 64 ? 1 : channels <= 2 * 16 * SUM_WARPS ? 2 : WALK_CHANNELS / 16 / SUM_WARPS;

@@ -57,8 +57,8 @@ static_assert(POOLED_CHANNELS <= POOL_CHANNELS * (WALK_WARPS - SUM_WARPS));
 inline WalkArguments walk_arguments(const PixelsToTokens& call, const Walk& walk) {
   const Shape& shape = call.shape;
   const int size = size_of(call.type);
-  const bool apart = size == 2 && call.map == Map::weighted;  // Copier::APART
-  const int threads = 32 * (size == 2 ? apart ? WALK_WARPS - walk.sum_warps : WALK_WARPS : SINGLE_WARPS);  // that copy
+  const int warps = size == 2 ? WALK_WARPS : SINGLE_WARPS;
+  const int threads = 32 * (warps - (sums_apart(call.map, size) ? walk.sum_warps : 0));  // that copy
   const int vectors = int(shape.channels) * size / 16, tile = shape.h * shape.w;
   WalkArguments a;
   a.call = call;

@@ -12,8 +12,7 @@ namespace stvit {
 template <typename T, Map MAP>
 struct Copier {
   static constexpr int SIZE = sizeof(T);
-  // Warps that sum don't copy: without products the others have less to do than they.
-  static constexpr bool APART = SIZE == 2 && MAP == Map::weighted;
+  static constexpr bool APART = sums_apart(MAP, SIZE);
 
   // 16 bytes of weights. In bytes: from the first weight of a group to the row of a tile that they are of; from where that
   // row begins, rounded down to 16; from the tile's stage.
